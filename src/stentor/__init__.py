@@ -1,0 +1,35 @@
+"""Stentor: typed events, sources and handlers that run unchanged on one file or on a message queue."""
+
+from stentor.app import App
+from stentor.context import Context, Depends, Firing
+from stentor.errors import BatchFailed, StentorError
+from stentor.event import Event, Named, Outgoing, Topic, event, replace, upcast
+from stentor.group import Group, on
+from stentor.handler import Batch
+from stentor.message import Message, Receipt
+from stentor.retry import Retry
+from stentor.source import Publish
+
+__version__ = "0.1.0.dev0"
+__all__ = [
+    "App",
+    "Batch",
+    "BatchFailed",
+    "Context",
+    "Depends",
+    "Event",
+    "Firing",
+    "Group",
+    "Message",
+    "Named",
+    "Outgoing",
+    "Publish",
+    "Receipt",
+    "Retry",
+    "StentorError",
+    "Topic",
+    "event",
+    "on",
+    "replace",
+    "upcast",
+]

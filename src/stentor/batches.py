@@ -1,0 +1,119 @@
+"""Batch handlers: many events in one call, each with an end of its own."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any
+
+from stentor.context import Context, current
+from stentor.errors import BatchFailed
+from stentor.lanes import Lane
+from stentor.message import Delivery, Message
+from stentor.plan import Route
+
+if TYPE_CHECKING:
+    from stentor.worker import Worker
+
+
+async def run_batch(worker: Worker, route: Route, task: asyncio.Task[None]) -> None:
+    """Run a batch handler on what waits for it: one event of a key at a time, many keys at once."""
+    assert route.handler.batch is not None
+    route.armed = False
+    lanes: list[Lane] = []
+    while route.pending and len(lanes) < route.handler.batch.size:
+        lane = route.pending.popleft()
+        if not lane.share.gone and lane.head is not None:
+            lanes.append(lane)
+    worker.arm(route)
+    if not lanes:
+        return
+    for lane in lanes:
+        lane.busy = True
+        lane.since = worker.loop.time()
+        lane.share.running += 1
+    worker.running += 1
+    worker.runners[task] = lanes[0]
+    try:
+        members = await _members(worker, route, lanes)
+        if members:
+            await _invoke_batch(worker, route, members)
+    except asyncio.CancelledError:
+        for lane in lanes:
+            worker.release(lane)
+        raise
+    finally:
+        for lane in lanes:
+            lane.share.running -= 1
+        worker.running -= 1
+        worker.runners[task] = None
+        if worker.stopping or any(lane.share.gone for lane in lanes):
+            worker.note_shares()
+            worker.note_quiet()
+
+
+async def _members(worker: Worker, route: Route, lanes: list[Lane]) -> list[tuple[Lane, Delivery, Any]]:
+    """The lanes of a batch with their decoded events; what is unreadable, filtered out or dead is ended here."""
+    members = []
+    for lane in lanes:
+        delivery = lane.head
+        assert delivery is not None
+        attempt = lane.share.tries.get(delivery.offset)
+        try:
+            if attempt is not None and not await worker.begin(lane, route, delivery, attempt):
+                continue
+            message = delivery.message
+            event = message if route.spec is None else worker.catalog.read(route.spec, message)
+            handler = route.handler
+            if (handler.where is not None and not handler.where(event)) or (
+                handler.where_sql is not None and not handler.where_sql(message.attributes())
+            ):
+                worker.counts.skipped += 1
+                worker.end(lane.share, delivery, lane)
+                continue
+        except Exception as error:
+            worker.failed(lane, route, delivery, error)
+            continue
+        members.append((lane, delivery, event))
+    return members
+
+
+async def _invoke_batch(worker: Worker, route: Route, members: list[tuple[Lane, Delivery, Any]]) -> None:
+    attempts = [lane.share.tries.get(delivery.offset) for lane, delivery, _ in members]
+    first = members[0][1]
+    context = Context(worker, first, max(a.before + 1 if a else 1 for a in attempts), None)
+    errors: dict[int, BaseException] = {}
+    token = current.set(context)
+    try:
+        timeout = route.handler.timeout
+        async with worker.clock.timeout(timeout) if timeout else nullcontext():
+            result = await route.invoke([event for _, _, event in members], context)
+        if result is not None:
+            context.add(result)
+    except BatchFailed as failed:
+        errors = dict(failed.errors)
+        wrong = [index for index in errors if not 0 <= index < len(members)]
+        if wrong:
+            errors = dict.fromkeys(range(len(members)), IndexError(f"BatchFailed names {wrong}, not in the batch"))
+    except asyncio.CancelledError:
+        raise
+    except BaseException as error:
+        if isinstance(error, (KeyboardInterrupt, SystemExit)):
+            raise
+        if len(members) > 1:
+            # Whose fault it is shows one by one; the others lose no attempt.
+            for member in members:
+                await _invoke_batch(worker, route, [member])
+            return
+        errors = {0: error}
+    finally:
+        current.reset(token)
+    outputs: Sequence[Message] = context.outputs
+    for index, (lane, delivery, _) in enumerate(members):
+        if index in errors:
+            worker.failed(lane, route, delivery, errors[index])
+        else:
+            worker.counts.handled += 1
+            worker.end(lane.share, delivery, lane, outputs)
+            outputs = ()

@@ -1,0 +1,1 @@
+"""Brokers: one file each, imported when a URL names its scheme."""

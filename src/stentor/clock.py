@@ -1,0 +1,96 @@
+"""Time: durations as people write them, and the one clock that the rest of Stentor asks."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import time
+from collections.abc import Callable
+from contextlib import AbstractAsyncContextManager
+from datetime import UTC, datetime, timedelta
+from typing import Any, Protocol
+
+from stentor.errors import DefinitionError
+
+Duration = str | timedelta
+"""A length of time: ``"200ms"``, ``"30s"``, ``"5m"``, ``"12h"``, ``"30d"``, or a timedelta."""
+
+_UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0, "w": 604800.0}
+_DURATION = re.compile(r"(\d+(?:\.\d+)?)(ms|s|m|h|d|w)")
+
+
+def seconds(duration: Duration, what: str = "duration") -> float:
+    """The seconds in a duration such as ``"200ms"``, ``"1h30m"`` or a timedelta.
+
+    Raises:
+        DefinitionError: it is no duration, or negative; ``what`` names it in the message.
+    """
+    if isinstance(duration, timedelta):
+        total = duration.total_seconds()
+        if total < 0:
+            raise DefinitionError(f"{what}: {duration!r} is negative")
+        return total
+    if isinstance(duration, str):
+        text = duration.strip()
+        parts = _DURATION.findall(text)
+        if parts and "".join(number + unit for number, unit in parts) == text:
+            return sum(float(number) * _UNITS[unit] for number, unit in parts)
+    raise DefinitionError(f'{what}: {duration!r} is no duration; write "200ms", "30s", "5m", "12h", "30d" or a timedelta')
+
+
+def iso(timestamp: float) -> str:
+    """RFC 3339 text, in UTC with microseconds, of seconds since the epoch."""
+    return datetime.fromtimestamp(timestamp, UTC).isoformat(timespec="microseconds")[:-6] + "Z"
+
+
+def parse_iso(text: str) -> float:
+    """Seconds since the epoch of an RFC 3339 time; raises ValueError when it is none or has no zone."""
+    moment = datetime.fromisoformat(text)
+    if moment.tzinfo is None:
+        raise ValueError(f"{text!r} has no time zone")
+    return moment.timestamp()
+
+
+class Timer(Protocol):
+    """What ``Clock.call_later`` returns."""
+
+    def cancel(self) -> None: ...
+
+
+class Clock(Protocol):
+    """Wall time and timers; the test harness has one that moves only when told to."""
+
+    def now(self) -> float:
+        """Wall time, seconds since the epoch."""
+        ...
+
+    def monotonic(self) -> float:
+        """Seconds that never run backwards."""
+        ...
+
+    def call_later(self, delay: float, callback: Callable[[], Any]) -> Timer: ...
+
+    async def sleep(self, delay: float) -> None: ...
+
+    def timeout(self, delay: float) -> AbstractAsyncContextManager[Any]:
+        """Cancels its body after ``delay`` seconds and raises TimeoutError, as asyncio.timeout does."""
+        ...
+
+
+class SystemClock:
+    """The machine's clock and the running event loop's timers."""
+
+    def now(self) -> float:
+        return time.time()
+
+    def monotonic(self) -> float:
+        return time.monotonic()
+
+    def call_later(self, delay: float, callback: Callable[[], Any]) -> Timer:
+        return asyncio.get_running_loop().call_later(delay, callback)
+
+    async def sleep(self, delay: float) -> None:
+        await asyncio.sleep(delay)
+
+    def timeout(self, delay: float) -> AbstractAsyncContextManager[Any]:
+        return asyncio.timeout(delay)

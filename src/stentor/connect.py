@@ -1,0 +1,125 @@
+"""Broker URLs, and from a URL to its broker."""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Callable
+from importlib.metadata import entry_points
+from typing import Any, TypeVar
+from urllib.parse import parse_qsl, unquote, urlsplit
+
+from stentor.broker import Broker
+from stentor.clock import Clock, SystemClock
+from stentor.errors import ConfigError
+from stentor.event import check_name
+
+T = TypeVar("T")
+
+class BrokerUrl:
+    """A parsed broker URL; options are taken one by one, and ``finish`` refuses what nobody took.
+
+    Raises:
+        ConfigError: the text is no URL, or an option is unknown, doubled or malformed.
+    """
+
+    def __init__(self, text: str) -> None:
+        if not isinstance(text, str) or "://" not in text:
+            raise ConfigError(f"broker {_hide(str(text))!r} is no URL; write for example sqlite:///stentor.db or memory://")
+        parts = urlsplit(text)
+        self.scheme = parts.scheme
+        self.host = parts.netloc.rpartition("@")[2]
+        self.path = unquote(parts.path)
+        self.user = unquote(parts.username) if parts.username else None
+        self.password = unquote(parts.password) if parts.password else None
+        pairs = parse_qsl(parts.query, keep_blank_values=True)
+        self._options = dict(pairs)
+        if len(self._options) != len(pairs):
+            raise ConfigError(f"{self}: an option stands twice")
+        self._known: list[str] = []
+        namespace = self.option("namespace", "")
+        self.namespace = check_name(namespace, "namespace") + "." if namespace else ""
+        password_file = self.option("password_file", "")
+        if password_file:
+            try:
+                with open(password_file, encoding="utf-8") as file:
+                    self.password = file.read().strip()
+            except OSError as error:
+                raise ConfigError(f"{self}: password_file: {error}") from None
+
+    def option(self, name: str, default: T, parse: Callable[[str], T] | None = None) -> T:
+        """The value of a query option; ``parse`` makes it of text and raises ValueError for what it refuses."""
+        self._known.append(name)
+        if name not in self._options:
+            return default
+        text = self._options.pop(name)
+        try:
+            return parse(text) if parse else text  # type: ignore[return-value]
+        except ValueError as error:
+            raise ConfigError(f"{self}: option {name}={text!r}: {error}") from None
+
+    def finish(self) -> None:
+        """Refuse the options that are left."""
+        if self._options:
+            unknown = ", ".join(sorted(self._options))
+            raise ConfigError(f"{self}: unknown option {unknown}; {self.scheme} knows {', '.join(sorted(self._known))}")
+
+    def __str__(self) -> str:
+        """The URL without credentials and options, fit for a log."""
+        return f"{self.scheme}://{self.host}{self.path}"
+
+
+def _hide(text: str) -> str:
+    head, at, tail = text.rpartition("@")
+    return f"…@{tail}" if at and head else text
+
+
+_BUILT_IN = {
+    "memory": "stentor.brokers.memory:MemoryBroker",
+    "sqlite": "stentor.brokers.sqlite:SqliteBroker",
+}
+
+
+def connect(url: str, clock: Clock | None = None) -> Broker:
+    """The broker of a URL, not yet opened.
+
+    Third parties add schemes through the entry point group ``stentor.brokers``.
+
+    Raises:
+        ConfigError: the URL or an option is wrong, or nothing provides the scheme.
+    """
+    parsed = BrokerUrl(url)
+    found = _BUILT_IN.get(parsed.scheme)
+    if found is not None:
+        module, _, name = found.partition(":")
+        factory: Any = getattr(importlib.import_module(module), name)
+    else:
+        points = {point.name: point for point in entry_points(group="stentor.brokers")}
+        if parsed.scheme not in points:
+            known = ", ".join(sorted(set(_BUILT_IN) | set(points)))
+            raise ConfigError(f"{parsed}: no broker for {parsed.scheme}://; installed are {known}")
+        try:
+            factory = points[parsed.scheme].load()
+        except ImportError as error:
+            raise ConfigError(
+                f"{parsed}: its client library is missing ({error}); pip install 'stentor[{parsed.scheme}]'"
+            ) from None
+    broker: Broker = factory(parsed, clock or SystemClock())
+    parsed.finish()
+    return broker
+
+
+def broker_url(given: str | None = None) -> str:
+    """The broker URL in force: the given one, else $STENTOR_BROKER, else the file named by $STENTOR_BROKER_FILE,
+    else ``sqlite:///stentor.db``."""
+    if given:
+        return given
+    if url := os.environ.get("STENTOR_BROKER"):
+        return url
+    if path := os.environ.get("STENTOR_BROKER_FILE"):
+        try:
+            with open(path, encoding="utf-8") as file:
+                return file.read().strip()
+        except OSError as error:
+            raise ConfigError(f"$STENTOR_BROKER_FILE: {error}") from None
+    return "sqlite:///stentor.db"

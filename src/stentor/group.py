@@ -1,0 +1,273 @@
+"""Groups: handlers that share one place in their topics, and the decorators that fill them."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar, Concatenate, Literal, ParamSpec, Protocol, TypeVar, overload
+from zoneinfo import ZoneInfo
+
+from stentor.clock import Duration
+from stentor.context import FIRING, Firing
+from stentor.errors import DefinitionError, DuplicateType
+from stentor.event import EventSpec, Topic, check_name, spec_of
+from stentor.handler import Batch, Handler
+from stentor.message import Message
+from stentor.retry import Retry
+from stentor.schedule import Cron, Every, Missed, Timer
+from stentor.source import SourceFunction, check_source
+from stentor.subscription import Ordering, Start
+
+A = TypeVar("A")
+B = TypeVar("B")
+C = TypeVar("C")
+S = TypeVar("S")
+P = ParamSpec("P")
+R = TypeVar("R")
+F = TypeVar("F", bound=Callable[..., Any])
+Where = Callable[[Any], bool] | str | None
+
+
+class DataclassLike(Protocol):
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+
+class AttrsLike(Protocol):
+    @property
+    def __attrs_attrs__(self) -> Any: ...
+
+
+class PydanticLike(Protocol):
+    @property
+    def __pydantic_fields_set__(self) -> set[str]: ...
+
+
+class On(Protocol[A]):
+    """A decorator for functions, or methods, whose first parameter takes ``A``."""
+
+    @overload
+    def __call__(self, function: Callable[Concatenate[A, P], R], /) -> Callable[Concatenate[A, P], R]: ...
+    @overload
+    def __call__(self, function: Callable[Concatenate[S, A, P], R], /) -> Callable[Concatenate[S, A, P], R]: ...
+
+
+class Group:
+    """Handlers that share one place in their topics: order holds across their types.
+
+    ``name``: default ``<app>.<function or class>``. ``ordering="key"`` runs the events of a key one at a time, in
+    order; ``"none"`` as they come. ``concurrency``: handlers running at once, per process. ``start``: where a new
+    group begins. ``on_dead="park"`` holds a key whose event died until it is redriven or dropped. ``broadcast``: every
+    running instance sees every event. ``single``: one process at a time runs it, one event at a time. ``was``: earlier
+    names of this group, which it takes over.
+
+    Raises:
+        DefinitionError: a setting makes no sense.
+    """
+
+    def __init__(
+        self,
+        name: str | None = None,
+        *,
+        ordering: Ordering = "key",
+        concurrency: int = 64,
+        start: Start = "earliest",
+        on_dead: Literal["continue", "park"] = "continue",
+        broadcast: bool = False,
+        single: bool = False,
+        was: Sequence[str] = (),
+    ) -> None:
+        label = f"group {name}" if name else "group"
+        if name is not None:
+            check_name(name, "group")
+        if ordering not in ("key", "none"):
+            raise DefinitionError(f'{label}: ordering must be "key" or "none", not {ordering!r}')
+        if not isinstance(concurrency, int) or isinstance(concurrency, bool) or concurrency < 1:
+            raise DefinitionError(f"{label}: concurrency must be a whole number from 1, not {concurrency!r}")
+        if start not in ("earliest", "latest"):
+            raise DefinitionError(f'{label}: start must be "earliest" or "latest", not {start!r}')
+        if on_dead not in ("continue", "park"):
+            raise DefinitionError(f'{label}: on_dead must be "continue" or "park", not {on_dead!r}')
+        if on_dead == "park" and (ordering == "none" or broadcast):
+            raise DefinitionError(f'{label}: on_dead="park" needs ordering="key" and no broadcast')
+        if broadcast and single:
+            raise DefinitionError(f"{label}: broadcast and single exclude each other")
+        self.name = name
+        self.ordering: Ordering = ordering
+        self.concurrency = 1 if single else concurrency
+        self.start: Start = "latest" if broadcast else start
+        self.on_dead = on_dead
+        self.broadcast = broadcast
+        self.single = single
+        self.was = (was,) if isinstance(was, str) else tuple(was)
+        self.handlers: list[Handler] = []
+        self.timers: list[tuple[Timer, Handler]] = []
+        self.sources: list[SourceFunction] = []
+
+    @overload
+    def on(
+        self, a: type[A], /, *, retry: Retry | None = None, timeout: Duration | None = None,
+        where: Callable[[A], bool] | str | None = None, batch: None = None,
+    ) -> On[A]: ...  # fmt: skip
+    @overload
+    def on(
+        self, a: type[A], b: type[B], /, *, retry: Retry | None = None, timeout: Duration | None = None,
+        where: Callable[[A | B], bool] | str | None = None, batch: None = None,
+    ) -> On[A | B]: ...  # fmt: skip
+    @overload
+    def on(
+        self, a: type[A], /, *, retry: Retry | None = None, timeout: Duration | None = None,
+        where: Callable[[A], bool] | str | None = None, batch: Batch,
+    ) -> On[list[A]]: ...  # fmt: skip
+    @overload
+    def on(
+        self, a: type[Any], b: type[Any], c: type[Any], /, *more: type[Any], retry: Retry | None = None,
+        timeout: Duration | None = None, where: Where = None, batch: Batch | None = None,
+    ) -> On[Any]: ...  # fmt: skip
+    @overload
+    def on(
+        self, /, *, topic: str | Topic, retry: Retry | None = None, timeout: Duration | None = None,
+        where: Callable[[Message], bool] | str | None = None, batch: None = None,
+    ) -> On[Message]: ...  # fmt: skip
+    def on(
+        self,
+        *types: type[Any],
+        topic: str | Topic | None = None,
+        retry: Retry | None = None,
+        timeout: Duration | None = None,
+        where: Where = None,
+        batch: Batch | None = None,
+    ) -> Any:
+        """Register a handler for event types, or with ``topic=`` for every message of a topic.
+
+        ``where`` filters by a predicate on the event or a CloudEvents SQL text on its attributes; ``batch`` makes it
+        take lists. Raises DefinitionError or DuplicateType.
+        """
+
+        def decorate(function: F) -> F:
+            self.add_handler(
+                Handler(
+                    function, types=types, topic=topic.name if isinstance(topic, Topic) else topic, retry=retry,
+                    timeout=timeout, where=where, batch=batch,
+                )
+            )  # fmt: skip
+            return function
+
+        return decorate
+
+    def add_handler(self, handler: Handler) -> None:
+        """Add a handler; raises DefinitionError for what is no event, DuplicateType for a type taken already."""
+        if not handler.types and handler.topic is None:
+            raise DefinitionError(f"{handler.place}: on() needs event types or topic=")
+        if handler.types and handler.topic is not None:
+            raise DefinitionError(f"{handler.place}: on() takes event types or topic=, not both")
+        if handler.topic is not None:
+            check_name(handler.topic, "topic")
+        taken = {name: other for other in self.handlers for name in other.names}
+        for cls in handler.types:
+            if spec_of(cls) is None:
+                what = getattr(cls, "__qualname__", repr(cls))
+                hint = "it has no topic=" if hasattr(cls, "__inherit__") else "derive it from Event or use @event"
+                raise DefinitionError(f"{handler.place}: {what} is no event; {hint}")
+        for name in handler.names:
+            if name in taken:
+                raise DuplicateType(
+                    f"group {self.name or handler.name}: {taken[name].place} and {handler.place} both handle {name!r}; "
+                    "handlers of one group have disjoint types"
+                )
+        self.handlers.append(handler)
+
+    def every(
+        self, period: Duration, *, missed: Missed = "once", retry: Retry | None = None, timeout: Duration | None = None
+    ) -> Callable[[F], F]:
+        """Run a function every ``period``, at multiples of it since the epoch; see ``cron`` for ``missed``."""
+        return self._timer(Every(period), missed, retry, timeout)
+
+    def cron(
+        self,
+        expression: str,
+        *,
+        tz: str | ZoneInfo = "UTC",
+        missed: Missed = "once",
+        retry: Retry | None = None,
+        timeout: Duration | None = None,
+    ) -> Callable[[F], F]:
+        """Run a function by a cron expression in a time zone, in one process at a time.
+
+        ``missed``: firings that fell while nothing ran come as one (with their number in ``Firing.missed``), not at
+        all ("skip"), or each ("all"). Raises DefinitionError for a bad expression or zone.
+        """
+        return self._timer(Cron(expression, tz), missed, retry, timeout)
+
+    def _timer(
+        self, timer: Every | Cron, missed: Missed, retry: Retry | None, timeout: Duration | None
+    ) -> Callable[[F], F]:
+        def decorate(function: F) -> F:
+            handler = Handler(function, retry=retry, timeout=timeout)
+            if any(other.name == handler.name for _, other in self.timers):
+                raise DefinitionError(f"group {self.name or handler.name}: two timers are called {handler.name!r}")
+            self.timers.append((Timer(handler.name, timer, missed), handler))
+            return function
+
+        return decorate
+
+    def source(self, *, instances: Literal["one", "each"] = "one") -> Callable[[F], F]:
+        """Register a source: an async function that takes a ``Publish`` and makes events until it returns.
+
+        ``instances="one"``: one process runs it at a time, and its position survives; ``"each"``: every process.
+        """
+
+        def decorate(function: F) -> F:
+            self.sources.append(check_source(function, instances))
+            return function
+
+        return decorate
+
+    def timer_spec(self, timer: Timer, topic: str) -> EventSpec:
+        """How firings of a timer travel: an event type of its own on the group's timer topic."""
+        return EventSpec(
+            Firing, topic=Topic(topic), key=None, type=f"{FIRING}.{timer.name}", version=1, newer="read", also=(),
+            wire="cloudevents",
+        )  # fmt: skip
+
+    @property
+    def default_name(self) -> str:
+        """The name after ``<app>.`` of a group that was given none."""
+        for handler in self.handlers:
+            return handler.name
+        for timer, _ in self.timers:
+            return timer.name
+        for source in self.sources:
+            return source.name
+        raise DefinitionError(f"group {self.name or ''} has no handler")
+
+
+def on(
+    *types: type[Any],
+    topic: str | None = None,
+    retry: Retry | None = None,
+    timeout: Duration | None = None,
+    where: Where = None,
+    batch: Batch | None = None,
+) -> Callable[[F], F]:
+    """Mark a method of a component as a handler; ``app.add(Component(...))`` registers it. Parameters as ``Group.on``."""
+
+    def decorate(function: F) -> F:
+        marks = function.__dict__.setdefault("__stentor_on__", [])
+        marks.append({"types": types, "topic": topic, "retry": retry, "timeout": timeout, "where": where, "batch": batch})
+        return function
+
+    return decorate
+
+
+def component_group(component: object) -> Group:
+    """The group of a component: its methods that carry ``@stentor.on``. Raises DefinitionError if there are none."""
+    cls = type(component)
+    group = Group()
+    for name, member in inspect.getmembers(cls, callable):
+        for options in getattr(member, "__stentor_on__", ()):
+            group.add_handler(Handler(getattr(component, name), **options))
+    if not group.handlers:
+        raise DefinitionError(f"{cls.__qualname__} is no Group, no source, and no method of it carries @stentor.on(...)")
+    return group
+
+

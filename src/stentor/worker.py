@@ -1,0 +1,695 @@
+"""The worker: one group's member in this process. It fetches, runs handlers a key at a time, and settles in batches.
+
+One delivery's way: ``_fetch`` -> ``_dispatch`` (finds its lane) -> ``_run`` (a runner: decode, filter, the user's
+function) -> ``end`` or ``failed`` -> ``_settle``. What fails leaves the log for the journal (parking.py), so that the
+broker sees only acks and a waiting key blocks nobody; ``Parking`` brings it back when it falls due.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import deque
+from collections.abc import Awaitable, Callable, Sequence
+
+from stentor.batches import run_batch
+from stentor.broker import Broker, Consumer
+from stentor.catalog import Catalog
+from stentor.clock import Clock
+from stentor.context import Context, Dead, Progress, RetryLater, Runtime, current, decode_progress, encode_progress
+from stentor.errors import LeaseLost, NewerVersion, StentorError, Undecodable
+from stentor.handler import ThreadStillRuns
+from stentor.lanes import Lane, Share, Try, offset_of, split_stored
+from stentor.message import Delivery, ErrorRecord, Failure, Message, Outcome, Partition, Settlement
+from stentor.parking import ERRORS_KEPT, Parking
+from stentor.plan import Counts, Duty, Plan, Route
+
+FETCH = 256
+WINDOW = 1024
+WINDOW_BYTES = 64 * 1024 * 1024
+After = Callable[[StentorError | None], None]
+
+
+class Worker:
+    """Runs one group in this process; see the module for the way of one delivery."""
+
+    def __init__(self, plan: Plan, broker: Broker, catalog: Catalog, clock: Clock, runtime: Runtime) -> None:
+        self.plan = plan
+        self.group = plan.name
+        self.runtime = runtime
+        self.counts = Counts()
+        self.parking = Parking(self)
+        self.failure: BaseException | None = None
+        """Why the worker stopped by itself, if it did."""
+        self.trouble: str | None = None
+        """What keeps it from working now, in one line."""
+        self._broker = broker
+        self.catalog = catalog
+        self.clock = clock
+        self.log = logging.getLogger(f"stentor.worker.{plan.name}")
+        self.consumer: Consumer
+        self.shares: dict[Partition, Share] = {}
+        self._ready: deque[Lane | Route] = deque()
+        self.runners: dict[asyncio.Task[None], Lane | None] = {}
+        self._idle: list[asyncio.Future[None]] = []
+        self._poking = False
+        self._batch: list[tuple[Settlement, After | None]] = []
+        self._settling = 0
+        self._inflight = 0
+        self._bytes = 0
+        self.running = 0
+        self.stopping = False
+        self._room: asyncio.Future[None] | None = None
+        self._settle_wake: asyncio.Future[None] | None = None
+        self._quiet: asyncio.Future[None] | None = None
+        self._tasks: list[asyncio.Task[None]] = []
+
+    # ---- life ---------------------------------------------------------------------------------------------------
+
+    async def start(self) -> None:
+        self.loop = asyncio.get_running_loop()
+        self.consumer = await self._broker.subscribe(self.plan.subscription, self)
+        for name, run in (("fetch", self._fetch), ("settle", self._settle), ("tick", self._tick)):
+            task = asyncio.create_task(self._guard(run), name=f"stentor {name} {self.plan.name}")
+            self._tasks.append(task)
+        await self.consumer.start()
+
+    async def _guard(self, run: Callable[[], Awaitable[None]]) -> None:
+        try:
+            await run()
+        except asyncio.CancelledError:
+            raise
+        except BaseException as error:
+            self.log.exception("the worker of %s stopped", self.plan.name)
+            self.failure = error
+            self.runtime.fatal(error)
+
+    async def stop(self, grace: float) -> None:
+        """Stop intake, let what runs end within ``grace`` seconds, give the rest back."""
+        self.stopping = True
+        if not self._tasks:
+            return
+        fetch, settle, tick = self._tasks
+        for task in (fetch, tick):
+            task.cancel()
+        await asyncio.gather(fetch, tick, return_exceptions=True)
+        for share in self.shares.values():
+            for duty in share.duties:
+                duty.cancel()
+        await asyncio.gather(*(d for s in self.shares.values() for d in s.duties), *self.parking.loads, return_exceptions=True)
+        self._ready.clear()
+        await self._until_quiet(grace)
+        if self.running:
+            self.log.warning("%s: %d handlers did not end within the grace period", self.plan.name, self.running)
+            for runner, lane in list(self.runners.items()):
+                if lane is not None:
+                    runner.cancel()
+            await self._until_quiet(None)
+        for runner in self.runners:
+            runner.cancel()
+        await asyncio.gather(*self.runners, return_exceptions=True)
+        settle.cancel()
+        await asyncio.gather(settle, return_exceptions=True)
+        await self.consumer.close()
+
+    async def _until_quiet(self, grace: float | None) -> None:
+        """Wait until no handler runs and nothing waits to be settled."""
+        deadline = None if grace is None else self.loop.time() + grace
+        while self.running or self._batch or self._settling:
+            self._quiet = self.loop.create_future()
+            left = None if deadline is None else deadline - self.loop.time()
+            if left is not None and left <= 0:
+                return
+            try:
+                async with asyncio.timeout(left):
+                    await self._quiet
+            except TimeoutError:
+                return
+
+    def note_quiet(self) -> None:
+        if self._quiet is not None and not (self.running or self._batch or self._settling):
+            if not self._quiet.done():
+                self._quiet.set_result(None)
+            self._quiet = None
+
+    @property
+    def busy(self) -> bool:
+        """Whether anything is runnable now (retries that wait for their time are not)."""
+        return bool(self._ready or self.running or self._batch or self._settling or self.parking.loads)
+
+    @property
+    def partitions(self) -> int:
+        return len(self.shares)
+
+    # ---- ownership: called by the consumer ----------------------------------------------------------------------
+
+    async def assigned(self, partitions: Sequence[Partition]) -> None:
+        for partition in partitions:
+            share = Share(partition)
+            names = await self.consumer.names(partition)
+            lanes: dict[str, list[str]] = {}
+            for name in names:
+                if name.startswith("q/"):
+                    place, key = split_stored(name)
+                    lanes.setdefault(f"\0{place}" if key is None else key, []).append(name)
+            opened = [name for name in names if name.startswith("a/")]
+            held = {name[2:] for name in names if name.startswith("k/")}
+            starts = await self.consumer.read(partition, opened) if opened else {}
+            for name, value in starts.items():
+                place = name[2:]
+                share.tries[offset_of(place)] = Try(place, starts=int(value))
+            for name in names:
+                if name.startswith("p/"):
+                    share.tries.setdefault(offset_of(name[2:]), Try(name[2:]))
+            self.shares[partition] = share
+            for key, stored in lanes.items():
+                lane = Lane(share, None if key[0] == "\0" else key, None)
+                lane.stored = deque(sorted(stored))
+                self.parking.keep(lane)
+                lane.held = key in held
+            for key in held - set(lanes):
+                lane = share.lanes[key] = Lane(share, key, None)
+                lane.held = True
+            for lane in [*share.lanes.values(), *share.anonymous]:
+                self.parking.proceed(lane)
+            duty = self.plan.duties.get(partition.topic)
+            if duty is not None and partition.index == 0:
+                share.duties.append(asyncio.create_task(self._on_duty(duty, share)))
+
+    async def revoked(self, partitions: Sequence[Partition]) -> None:
+        waits = []
+        for partition in partitions:
+            share = self.shares.get(partition)
+            if share is None:
+                continue
+            share.gone = True
+            for duty in share.duties:
+                duty.cancel()
+            waits += share.duties
+            if share.running or any(s.partition is partition for s, _ in self._batch) or self._settling:
+                share.idle = self.loop.create_future()
+                waits.append(share.idle)  # type: ignore[arg-type]
+        self.note_shares()
+        if waits:
+            await asyncio.gather(*waits, return_exceptions=True)
+        for partition in partitions:
+            self._forget(partition)
+
+    def lost(self, partitions: Sequence[Partition]) -> None:
+        for partition in partitions:
+            share = self.shares.get(partition)
+            if share is not None:
+                self.log.warning("%s: %r was lost; what runs of it cannot be settled", self.plan.name, partition)
+                share.gone = True
+                for duty in share.duties:
+                    duty.cancel()
+                self._forget(partition)
+
+    def _forget(self, partition: Partition) -> None:
+        share = self.shares.pop(partition, None)
+        if share is not None:
+            self._inflight -= share.inflight
+            share.inflight = 0
+            self._make_room()
+
+    def note_shares(self) -> None:
+        """Resolve what ``revoked`` waits for, once nothing of a share runs or is being settled."""
+        for share in self.shares.values():
+            if share.idle is not None and not share.running and not self._settling and not self._batch:
+                if not share.idle.done():
+                    share.idle.set_result(None)
+
+    # ---- intake -------------------------------------------------------------------------------------------------
+
+    async def _fetch(self) -> None:
+        while not self.stopping:
+            room = min(FETCH, WINDOW - self._inflight)
+            if room <= 0 or self._bytes > WINDOW_BYTES:
+                self._room = self.loop.create_future()
+                self._unclog()
+                await self._room
+                continue
+            try:
+                deliveries = await self.consumer.fetch(room, 5.0)
+            except StentorError as error:
+                await self._troubled(error)
+                continue
+            self.trouble = None
+            for delivery in deliveries:
+                self._dispatch(delivery)
+            if deliveries:
+                self.poke()
+                # Let runners at it: a fetch that finds events at once never suspends by itself.
+                await asyncio.sleep(0)
+
+    async def _troubled(self, error: StentorError) -> None:
+        if self.trouble is None:
+            self.log.warning("%s: %s; trying again", self.plan.name, error)
+        self.trouble = str(error)
+        await self.clock.sleep(0.5)
+
+    def _dispatch(self, delivery: Delivery) -> None:
+        """Put a delivery into its lane, or behind what its key has in the journal."""
+        share = self.shares.get(delivery.partition)
+        if share is None or share.gone:
+            return
+        message = delivery.message
+        share.inflight += 1
+        self._inflight += 1
+        self._bytes += len(message.data)
+        if message.type not in self.plan.routes and message.topic not in self.plan.topics:
+            self.counts.skipped += 1
+            self.end(share, delivery, None)
+            return
+        key = message.key if self.plan.ordered else None
+        if delivery.redelivered and delivery.offset not in share.tries:
+            share.tries[delivery.offset] = Try(f"{delivery.offset:020d}")
+        if key is None:
+            self.make_ready(Lane(share, None, delivery))
+            return
+        lane = share.lanes.get(key)
+        if lane is None:
+            lane = share.lanes[key] = Lane(share, key, delivery)
+            self.make_ready(lane)
+        elif lane.held or lane.stored or lane.due:
+            self.parking.store(lane, [delivery])
+        elif lane.head is None and not lane.busy:
+            lane.head = delivery
+            self.make_ready(lane)
+        elif lane.rest is None:
+            lane.rest = deque((delivery,))
+        else:
+            lane.rest.append(delivery)
+
+    def make_ready(self, lane: Lane) -> None:
+        assert lane.head is not None
+        route = self.route(lane.head.message)
+        if route is None or route.handler.batch is None:
+            self._ready.append(lane)
+            return
+        route.pending.append(lane)
+        self.arm(route)
+
+    def arm(self, route: Route) -> None:
+        """Let a runner take the next batch: at once when it is full or need not wait, else after its wait."""
+        batch = route.handler.batch
+        if batch is None or route.armed and len(route.pending) < batch.size:
+            return
+        if batch.wait == 0 or len(route.pending) >= batch.size:
+            if not route.armed:
+                route.armed = True
+                self._ready.append(route)
+        else:
+            route.armed = True
+
+            def due() -> None:
+                self._ready.append(route)
+                self.poke()
+
+            self.clock.call_later(batch.wait, due)
+
+    def route(self, message: Message) -> Route | None:
+        return self.plan.routes.get(message.type) or self.plan.topics.get(message.topic)
+
+    def _unclog(self) -> None:
+        """The window is full: move events that wait behind a running one to the journal, so that other keys go on."""
+        if self._ready or self.running >= self.plan.concurrency:
+            return
+        for share in list(self.shares.values()):
+            for lane in share.lanes.values():
+                if lane.rest and lane.head is not None:
+                    rest, lane.rest = list(lane.rest), None
+                    self.parking.store(lane, rest)
+
+    def _make_room(self) -> None:
+        if self._room is not None:
+            if not self._room.done():
+                self._room.set_result(None)
+            self._room = None
+
+    # ---- runners ------------------------------------------------------------------------------------------------
+
+    def poke(self) -> None:
+        """See at the next turn of the loop whether another runner is needed: only if one suspended with work left."""
+        if not self._poking and self._ready:
+            self._poking = True
+            self.loop.call_soon(self._wake_runner)
+
+    def _wake_runner(self) -> None:
+        self._poking = False
+        if not self._ready or self.stopping:
+            return
+        while self._idle:
+            idle = self._idle.pop()
+            if not idle.done():
+                idle.set_result(None)
+                return
+        if len(self.runners) < self.plan.concurrency:
+            task = asyncio.create_task(self._run(), name=f"stentor runner {self.plan.name}")
+            self.runners[task] = None
+            task.add_done_callback(self._runner_ended)
+
+    def _runner_ended(self, task: asyncio.Task[None]) -> None:
+        self.runners.pop(task, None)
+        if not task.cancelled() and task.exception() is not None:
+            error = task.exception()
+            assert error is not None
+            self.failure = error
+            self.log.error("a runner of %s failed", self.plan.name, exc_info=error)
+            self.runtime.fatal(error)
+
+    async def _run(self) -> None:
+        """A runner: takes ready lanes and runs their heads, one after the other."""
+        task = asyncio.current_task()
+        assert task is not None
+        ready = self._ready
+        turn = 0
+        while True:
+            if not ready:
+                idle = self.loop.create_future()
+                self._idle.append(idle)
+                await idle
+                turn = 0
+                continue
+            entry = ready.popleft()
+            if ready:
+                self.poke()
+            turn += 1
+            if turn & 127 == 0:
+                await asyncio.sleep(0)
+            if self.stopping:
+                continue
+            if type(entry) is Route:
+                await run_batch(self, entry, task)
+                continue
+            lane: Lane = entry  # type: ignore[assignment]
+            share = lane.share
+            delivery = lane.head
+            if share.gone or delivery is None:
+                continue
+            lane.busy = True
+            share.running += 1
+            self.running += 1
+            self.runners[task] = lane
+            attempt = share.tries.get(delivery.offset) if share.tries else None
+            message = delivery.message
+            route = self.plan.routes.get(message.type) or self.plan.topics[message.topic]
+            context: Context | None = None
+            try:
+                if attempt is not None and not await self.begin(lane, route, delivery, attempt):
+                    continue
+                lane.since = self.loop.time()
+                event = message if route.spec is None else self.catalog.read(route.spec, message)
+                handler = route.handler
+                if (handler.where is not None and not handler.where(event)) or (
+                    handler.where_sql is not None and not handler.where_sql(message.attributes())
+                ):
+                    self.counts.skipped += 1
+                    self.end(share, delivery, lane)
+                    continue
+                context = (
+                    Context(self, delivery, 1, None)
+                    if attempt is None
+                    else Context(self, delivery, attempt.before + 1, attempt.state)
+                )
+                token = current.set(context)
+                try:
+                    if handler.timeout is None:
+                        result = await route.invoke(event, context)
+                    else:
+                        async with self.clock.timeout(handler.timeout):
+                            result = await route.invoke(event, context)
+                finally:
+                    current.reset(token)
+                if result is not None:
+                    context.add(result)
+                self.counts.handled += 1
+                self.end(share, delivery, lane, context.outputs)
+            except asyncio.CancelledError:
+                self.release(lane)
+                raise
+            except ThreadStillRuns as thread:
+                await asyncio.wait([thread.future])
+                if self.stopping and (route.handler.timeout is None):
+                    self.release(lane)
+                else:
+                    self.failed(lane, route, delivery, TimeoutError(f"no end within {route.handler.timeout:g} s"))
+            except BaseException as error:
+                if isinstance(error, (KeyboardInterrupt, SystemExit)):
+                    self.release(lane)
+                    raise
+                if isinstance(error, TimeoutError) and not error.args and route.handler.timeout is not None:
+                    error = TimeoutError(f"no end within {route.handler.timeout:g} s")
+                self.failed(lane, route, delivery, error)
+            finally:
+                share.running -= 1
+                self.running -= 1
+                self.runners[task] = None
+                if share.gone or self.stopping:
+                    self.note_shares()
+                    self.note_quiet()
+
+    async def begin(self, lane: Lane, route: Route, delivery: Delivery, attempt: Try) -> bool:
+        """Record the start of a delivery that was seen before; False if it is dead by the starts nobody saw end."""
+        limit = route.handler.retry.attempts
+        if limit is not None and attempt.before >= limit:
+            died = RuntimeError("the worker died while this event was handled")
+            self.parking.die(lane, route, delivery, died, "attempts", attempt.before)
+            return False
+        done = self.loop.create_future()
+        record: dict[str, bytes | None] = {f"a/{attempt.name}": str(attempt.starts + 1).encode()}
+        self.add(
+            Settlement(lane.share.partition, delivery.offset, Outcome.NONE, (), record),
+            lambda error: None if done.done() else done.set_result(error),
+        )
+        error = await done
+        if error is not None:
+            lane.busy = False
+            return False
+        attempt.started = True
+        name = f"p/{attempt.name}"
+        value = (await self.consumer.read(lane.share.partition, [name])).get(name)
+        attempt.state = None if value is None else decode_progress(value).state
+        return True
+
+    async def progress(self, delivery: Delivery, progress: Progress) -> None:
+        """Journal how far a handler has come; called by its Context."""
+        share = self.shares.get(delivery.partition)
+        if share is None:
+            raise LeaseLost(f"{delivery.partition!r} is no longer owned")
+        attempt = share.tries.setdefault(delivery.offset, Try(f"{delivery.offset:020d}"))
+        await self.write(delivery.partition, {f"p/{attempt.name}": encode_progress(progress)})
+
+    def release(self, lane: Lane) -> None:
+        """A stop cut the handler off: the broker gives it to the next owner, as if it had not begun."""
+        lane.busy = False
+        attempt = None if lane.head is None else lane.share.tries.get(lane.head.offset)
+        if attempt is not None and attempt.started:
+            value = str(attempt.starts).encode() if attempt.starts else None
+            record = {f"a/{attempt.name}": value}
+            self.add(Settlement(lane.share.partition, 0, Outcome.NONE, (), record), None)
+
+    # ---- ends of a delivery -------------------------------------------------------------------------------------
+
+    def end(self, share: Share, delivery: Delivery, lane: Lane | None, outputs: Sequence[Message] = ()) -> None:
+        """A delivery is done: publish its outputs, ack it, and let its lane go on (after the outputs are durable)."""
+        attempt = share.tries.pop(delivery.offset, None) if share.tries else None
+        outcome = Outcome.ACK
+        records: dict[str, bytes | None] = {}
+        if attempt is not None:
+            outcome, records = self.parking.cleared(attempt)
+        settlement = Settlement(share.partition, delivery.offset, outcome, outputs, records)
+        if lane is None:
+            self.add(settlement, None)
+        elif not outputs:
+            self.add(settlement, None)
+            self.advance(lane)
+        else:
+
+            def after(error: StentorError | None) -> None:
+                if error is None:
+                    self.advance(lane)
+                elif not isinstance(error, LeaseLost):
+                    # One refused output fails its delivery: it is this attempt's error.
+                    if attempt is not None:
+                        share.tries[delivery.offset] = attempt
+                    self.counts.handled -= 1
+                    route = self.route(delivery.message)
+                    assert route is not None
+                    self.failed(lane, route, delivery, error)
+
+            self.add(settlement, after)
+
+    def advance(self, lane: Lane) -> None:
+        """The head is done: let the next of the key run."""
+        lane.busy = False
+        share = lane.share
+        if share.gone:
+            return
+        if lane.rest:
+            lane.head = lane.rest.popleft()
+            self.make_ready(lane)
+            self.poke()
+            return
+        lane.head = None
+        self.parking.proceed(lane)
+
+    def failed(self, lane: Lane, route: Route, delivery: Delivery, error: BaseException) -> None:
+        """A handling ended in an error: retry it later, hold it, or give it up."""
+        retry = route.handler.retry
+        attempt = lane.share.tries.get(delivery.offset)
+        count = (attempt.before if attempt else 0) + 1
+        if isinstance(error, RetryLater):
+            after = retry.wait(count) if error.after is None else error.after
+            if error.count and retry.attempts is not None and count >= retry.attempts:
+                self.parking.die(lane, route, delivery, RuntimeError("ctx.retry at the last attempt"), "attempts", count)
+            else:
+                self._retry(lane, delivery, attempt, after, None, counts=error.count)
+        elif isinstance(error, Dead):
+            self.parking.die(lane, route, delivery, error, error.reason, count)
+        elif isinstance(error, NewerVersion) and route.spec is not None and route.spec.newer != "dead":
+            self.log.warning("%s: %s; held until a newer program runs", self.plan.name, error)
+            self.parking.park(lane, delivery, attempt, waits=True)
+        elif isinstance(error, Undecodable):
+            self.parking.die(lane, route, delivery, error, "undecodable", count)
+        elif retry.gives_up(error, count):
+            reason = "attempts" if retry.attempts is not None and count >= retry.attempts else "never"
+            self.parking.die(lane, route, delivery, error, reason, count)
+        else:
+            self.counts.failed += 1
+            wait = retry.wait(count)
+            self.log.warning(
+                "%s: attempt %d of %s failed, again in %.3g s: %s: %s",
+                self.plan.name, count, delivery.message.id, wait, type(error).__name__, error,
+            )  # fmt: skip
+            self._retry(lane, delivery, attempt, wait, self.parking.record(error), counts=True)
+
+    def _retry(
+        self, lane: Lane, delivery: Delivery, attempt: Try | None, wait: float, error: ErrorRecord | None, *, counts: bool
+    ) -> None:
+        self.counts.retried += 1
+        if attempt is None:
+            attempt = lane.share.tries[delivery.offset] = Try(f"{delivery.offset:020d}")
+        attempt.failures = attempt.before + (1 if counts else 0)
+        if error is not None:
+            attempt.errors = [*attempt.errors, error][-ERRORS_KEPT:]
+        self.parking.park(lane, delivery, attempt, due=self.clock.now() + wait)
+
+    # ---- settling -----------------------------------------------------------------------------------------------
+
+    def add(self, settlement: Settlement, after: After | None) -> None:
+        self._batch.append((settlement, after))
+        if self._settle_wake is not None:
+            if not self._settle_wake.done():
+                self._settle_wake.set_result(None)
+            self._settle_wake = None
+
+    async def _settle(self) -> None:
+        """Settle whatever has ended since the last batch."""
+        while True:
+            if not self._batch:
+                self.note_shares()
+                self.note_quiet()
+                self._settle_wake = self.loop.create_future()
+                await self._settle_wake
+            batch, self._batch = self._batch, []
+            self._settling = len(batch)
+            try:
+                failures = await self._settled([settlement for settlement, _ in batch])
+            finally:
+                self._settling = 0
+            before = self._inflight
+            failed = {id(failure.settlement): failure.error for failure in failures} if failures else {}
+            for settlement, after in batch:
+                error = failed.get(id(settlement)) if failed else None
+                if settlement.outcome is Outcome.ACK and (error is None or isinstance(error, LeaseLost)):
+                    share = self.shares.get(settlement.partition)
+                    if share is not None:
+                        share.inflight -= 1
+                        self._inflight -= 1
+                if isinstance(error, LeaseLost):
+                    self.counts.refused += 1
+                if after is not None:
+                    after(error)
+            if before:  # sizes are not kept per delivery: what is settled had the mean size
+                self._bytes = self._bytes * self._inflight // before
+            if self._inflight <= WINDOW // 2:
+                self._make_room()
+
+    async def _settled(self, settlements: list[Settlement]) -> Sequence[Failure]:
+        while True:
+            try:
+                failures = await self.consumer.settle(settlements)
+            except StentorError as error:
+                await self._troubled(error)
+            else:
+                return failures
+
+    # ---- the journal --------------------------------------------------------------------------------------------
+
+    async def write(
+        self, partition: Partition, records: dict[str, bytes | None], outputs: Sequence[Message] = ()
+    ) -> None:
+        """Write journal records and outputs under a partition's epoch; back when durable. Raises BrokerError."""
+        done: asyncio.Future[StentorError | None] = self.loop.create_future()
+        self.add(
+            Settlement(partition, 0, Outcome.NONE, outputs, records),
+            lambda error: None if done.done() else done.set_result(error),
+        )
+        error = await done
+        if error is not None:
+            raise error
+
+    async def _tick(self) -> None:
+        """Once a second: apply marks, move what runs for long out of the log, look for a clogged window."""
+        while True:
+            await self.clock.sleep(1.0)
+            try:
+                for mark in await self.consumer.marks():
+                    await self.parking.apply(mark)
+            except StentorError as error:
+                self.log.warning("%s: cannot apply marks: %s", self.group, error)
+            self.parking.escape()
+            if self._room is not None:
+                self._unclog()
+
+    async def _on_duty(self, duty: Duty, share: Share) -> None:
+        """Run a timer or source while its partition is owned; when it fails, again after a while."""
+        wait = 1.0
+        while not share.gone:
+            try:
+                await duty(Duties(self, share.partition))
+                return
+            except StentorError as error:
+                self.log.warning("%s: %s; again in %.3g s", self.group, error, wait)
+            except Exception:
+                self.log.exception("%s failed; again in %.3g s", self.group, wait)
+            await self.clock.sleep(wait)
+            wait = min(wait * 2, 60.0)
+
+
+class Duties:
+    """What a timer or source may do while its partition is owned: keep a position, publish under the epoch."""
+
+    __slots__ = ("_worker", "clock", "partition")
+
+    def __init__(self, worker: Worker, partition: Partition) -> None:
+        self._worker = worker
+        self.partition = partition
+        self.clock = worker.clock
+
+    async def read(self, name: str) -> bytes | None:
+        """A journal value kept under ``s/<name>``."""
+        return (await self._worker.consumer.read(self.partition, [f"s/{name}"])).get(f"s/{name}")
+
+    async def write(self, name: str, value: bytes, outputs: Sequence[Message] = ()) -> None:
+        """Publish ``outputs`` and keep ``value``: together where the broker can, else in this order.
+
+        Raises:
+            LeaseLost: another process has the partition now.
+        """
+        await self._worker.write(self.partition, {f"s/{name}": value}, outputs)
+
+    async def publish(self, outputs: Sequence[Message], name: str, value: bytes | None) -> None:
+        """``write``, or publish alone when there is no value to keep."""
+        await self._worker.write(self.partition, {} if value is None else {f"s/{name}": value}, outputs)
