@@ -1,8 +1,8 @@
 """CloudEvents 1.0.2 on the wire: binary and structured JSON, single and batched.
 
 Sources: the core specification, the JSON event format and the HTTP protocol binding of
-https://github.com/cloudevents/spec at v1.0.2. Stentor adds the documented extensions partitioning, sequence, distributed
-tracing, correlation and recorded time; the version of an event's shape travels as ``schemaversion``.
+https://github.com/cloudevents/spec at v1.0.2. Stentor adds the documented extensions partitioning, sequence,
+distributed tracing, correlation and recorded time; the version of an event's shape travels as ``schemaversion``.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ _NAME_LIMIT = 64
 _CORE = frozenset({"specversion", "id", "source", "type", "time", "subject", "datacontenttype", "dataschema"})
 _RESERVED = _CORE | {"data", "data_base64", "partitionkey", "schemaversion", "sequence"}
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff\ufdd0-\ufdef\ufffe\uffff]")
+_NOT_IN_URI = frozenset(' "<>\\^`{|}')
 _ESCAPE = re.compile(rb"%(?![0-9A-Fa-f]{2})")
 
 
@@ -54,7 +55,7 @@ def _value(name: str, value: Any) -> Attribute:
 
 def check_uri_reference(value: Any, name: str) -> str:
     """``value`` if it can be a URI-reference: non-empty text without spaces or control characters."""
-    if not isinstance(value, str) or not value or _CONTROL.search(value) or any(char in value for char in ' "<>\\^`{|}'):
+    if not isinstance(value, str) or not value or _CONTROL.search(value) or not _NOT_IN_URI.isdisjoint(value):
         raise InvalidEvent(f"attribute {name!r}: {value!r} is no URI-reference")
     return value
 
@@ -92,6 +93,16 @@ def child_trace(parent: str, id: str) -> str:
     return f"00-{parts[1]}-{span}-{parts[3]}" if len(parts) >= 4 else parent
 
 
+def _schema_version(value: Attribute) -> int:
+    try:
+        number = int(value)
+    except ValueError:
+        raise InvalidEvent(f"attribute 'schemaversion': {value!r} is no whole number") from None
+    if not 1 <= number < 2**31:  # upcasts go up one by one: a large negative version would take hours
+        raise InvalidEvent(f"attribute 'schemaversion': {value!r} is no version; they count from 1")
+    return number
+
+
 def from_attributes(found: Mapping[str, Any], data: bytes, topic: str = "") -> Message:
     """The message of parsed attributes.
 
@@ -115,6 +126,7 @@ def from_attributes(found: Mapping[str, Any], data: bytes, topic: str = "") -> M
         value = found.get(name)
         if value is not None and (not isinstance(value, str) or not value):
             raise InvalidEvent(f"attribute {name!r} must be a non-empty string, not {value!r}")
+        _value(name, "" if value is None else value)
     if found.get("time") is not None:
         try:
             parse_iso(found["time"])
@@ -130,12 +142,8 @@ def from_attributes(found: Mapping[str, Any], data: bytes, topic: str = "") -> M
         if not _NAME.fullmatch(name):
             raise InvalidEvent(f"attribute {name!r}: a name has only the letters a-z and digits")
         extensions[name] = _value(name, value)
-    schema = extensions.get("schemaversion")
-    if schema is not None:
-        try:
-            extensions["schemaversion"] = int(schema)
-        except ValueError:
-            raise InvalidEvent(f"attribute 'schemaversion': {schema!r} is no whole number") from None
+    if "schemaversion" in extensions:
+        extensions["schemaversion"] = _schema_version(extensions["schemaversion"])
     return Message(
         id=found["id"], source=found["source"], type=found["type"], topic=topic, data=data,
         key=found.get("partitionkey"), time=found.get("time"), subject=found.get("subject"), datacontenttype=content,
@@ -170,6 +178,8 @@ def to_batch(messages: Iterable[Message]) -> bytes:
     return msgspec.json.encode([_as_object(message, None) for message in messages])
 
 
+# Foreign bytes: msgspec raises DecodeError, UnicodeDecodeError (a ValueError) or, nested too deep, RecursionError.
+_BAD: tuple[type[Exception], ...] = (msgspec.DecodeError, ValueError, RecursionError)
 _object = msgspec.json.Decoder(dict[str, msgspec.Raw])
 _array = msgspec.json.Decoder(list[msgspec.Raw])
 
@@ -179,7 +189,7 @@ def from_structured(body: bytes, topic: str = "") -> Message:
     try:
         raw = _object.decode(body)
         found = {name: msgspec.json.decode(value) for name, value in raw.items() if name not in ("data", "data_base64")}
-    except msgspec.DecodeError as error:
+    except _BAD as error:
         raise InvalidEvent(f"the body is no JSON object of a CloudEvent: {error}") from None
     if "data" in raw and "data_base64" in raw:
         raise InvalidEvent("attributes 'data' and 'data_base64' exclude each other")
@@ -187,13 +197,16 @@ def from_structured(body: bytes, topic: str = "") -> Message:
     if "data_base64" in raw:
         try:
             data = base64.b64decode(msgspec.json.decode(raw["data_base64"], type=str), validate=True)
-        except (ValueError, msgspec.DecodeError):
+        except _BAD:
             raise InvalidEvent("attribute 'data_base64' is no Base64 text") from None
     elif "data" in raw:
         data = bytes(raw["data"])
         if not _is_json(_text(found.get("datacontenttype"))):
             # A JSON string carries the text of another content type.
-            value = msgspec.json.decode(data)
+            try:
+                value = msgspec.json.decode(data)
+            except _BAD as error:
+                raise InvalidEvent(f"attribute 'data' is no JSON: {error}") from None
             data = value.encode() if isinstance(value, str) else data
     return from_attributes(found, data, topic)
 
@@ -206,7 +219,7 @@ def from_batch(body: bytes, topic: str = "") -> list[Message]:
     """The messages in a batched JSON body; raises InvalidEvent naming the index of the bad one."""
     try:
         items = _array.decode(body)
-    except msgspec.DecodeError as error:
+    except _BAD as error:
         raise InvalidEvent(f"the body is no JSON array of CloudEvents: {error}") from None
     found = []
     for index, item in enumerate(items):
