@@ -233,12 +233,14 @@ class SqliteBroker:
         now = self._clock.now()
         while self._full:
             await self._clock.sleep(0.05)
+        if len(messages) == 1:
+            (message,) = messages
+            if message.fresh and message.due <= now:
+                position = await self.file.append(self.row(message, now))
+                if self._waiting:
+                    self._stored()
+                return (Receipt(message.id, message.topic, position),)
         rows = [self.row(message, now) for message in messages]
-        if len(messages) == 1 and messages[0].fresh and messages[0].due <= now:
-            row = rows[0]
-            position = await self.file.submit(lambda tx: tx.append(row))
-            self._stored()
-            return (Receipt(messages[0].id, messages[0].topic, position),)
         positions = await self.file.submit(lambda tx: self.store(tx, messages, rows, now))
         self._stored()
         return [

@@ -31,6 +31,10 @@ LEAST = (3, 35, 0)
 CHECKPOINT = 8 * 1024 * 1024
 RESTART = 64 * 1024 * 1024
 COLUMNS = 8
+HAND_OVER = 128
+"""Operations that are handed to the writer without waiting for the end of the loop's turn."""
+LARGEST = 4096
+"""Operations after which a transaction takes no more."""
 CHUNKS = (128, 32, 8, 2, 1)
 """Rows per INSERT: many in one statement, as each statement gives the interpreter lock away and takes it back."""
 
@@ -172,7 +176,8 @@ def alive(pid: int) -> bool:
         return True
 
 
-Op = tuple[Callable[[Tx], Any], "asyncio.Future[Any] | None"]
+Op = tuple[Callable[[Tx], Any] | Row, "asyncio.Future[Any] | None"]
+"""What to do (a bare Row: append it), and who waits for it."""
 
 
 class SqliteFile:
@@ -307,6 +312,10 @@ class SqliteFile:
 
     # ---- writing ------------------------------------------------------------------------------------------------
 
+    def append(self, row: Row) -> asyncio.Future[int]:
+        """Append one event to the log; gives its sequence number once that is durable."""
+        return self.submit(row)  # type: ignore[arg-type]
+
     def submit(self, operation: Callable[[Tx], T]) -> asyncio.Future[T]:
         """Run an operation in the writer's next transaction; the future ends when that is durable.
 
@@ -321,11 +330,28 @@ class SqliteFile:
             # What this turn of the loop submits goes into one transaction.
             self.loop.call_soon(self._hand_over)
         self._pending.append((operation, future))
+        if len(self._pending) >= HAND_OVER:
+            # The writer inserts these while the loop prepares the next.
+            self._queue.put(self._pending)
+            self._pending = [(_nothing, None)]
         return future
 
     def _hand_over(self) -> None:
         pending, self._pending = self._pending, []
         self._queue.put(pending)
+
+    def _more(self) -> list[Op]:
+        """What was handed over since the transaction began."""
+        ops: list[Op] = []
+        try:
+            while True:
+                got = self._queue.get_nowait()
+                if got is None:
+                    self._queue.put(None)  # for the writer's own loop
+                    return ops
+                ops += got
+        except queue.Empty:
+            return ops
 
     def _write(self) -> None:
         """The writer thread."""
@@ -362,14 +388,21 @@ class SqliteFile:
         try:
             db.execute("BEGIN IMMEDIATE")
             tx = Tx(db, time.time())
-            for operation, future in ops:
-                try:
-                    results.append((future, operation(tx), None))
-                except sqlite3.Error:
-                    raise
-                except Exception as error:
-                    results.append((future, None, error))
-            tx.flush()
+            more, append = ops, tx.append
+            while more:
+                for operation, future in more:
+                    try:
+                        result = append(operation) if type(operation) is tuple else operation(tx)  # type: ignore[operator]
+                        results.append((future, result, None))
+                    except sqlite3.Error:
+                        raise
+                    except Exception as error:
+                        results.append((future, None, error))
+                tx.flush()
+                if len(ops) >= LARGEST:
+                    break
+                more = self._more()
+                ops += more
             committing = True
             db.execute("COMMIT")
             told = tx.told
@@ -445,6 +478,10 @@ class SqliteFile:
         self.reader.close()
         self._writer.close()
         os.close(self._lock_fd)
+
+
+def _nothing(_: Tx) -> None:
+    """Stands in a fresh pending list so that the hand-over at the end of the turn is known to be scheduled."""
 
 
 def _resolve(results: list[tuple[asyncio.Future[Any] | None, Any, BaseException | None]]) -> None:
