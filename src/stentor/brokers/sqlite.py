@@ -145,9 +145,10 @@ class SqliteBroker:
             except BrokerError:
                 await self._clock.sleep(0.5)
 
-    def _wake(self) -> None:
+    def _wake(self, regrouped: bool = True) -> None:
         self._stored()
-        self._nudge.set()
+        if regrouped:
+            self._nudge.set()
 
     def _beat(self, tx: Tx) -> None:
         """Renew the lease, from the writer thread, so that a busy event loop loses nothing."""
@@ -156,7 +157,6 @@ class SqliteBroker:
                 "UPDATE stentor_worker SET lease = ? WHERE id = ?", (time.monotonic() + self.lease, self._worker)
             )
             self._evicted = self._evicted or found.rowcount == 0
-        self.file.addresses = [address for (address,) in tx.db.execute("SELECT address FROM stentor_worker")]
 
     # ---- declaring ----------------------------------------------------------------------------------------------
 
@@ -318,8 +318,7 @@ class SqliteBroker:
                 "INSERT INTO stentor_member (grp, worker) VALUES (?, ?)", (consumer.group, self._worker)
             )
             consumer.member = int(found.lastrowid or 0)
-        self.file.addresses = [address for (address,) in db.execute("SELECT address FROM stentor_worker")]
-        tx.told = True
+        tx.regrouped = True
 
     async def _balance(self) -> None:
         """Keep every consumer at its share, as processes come and go."""

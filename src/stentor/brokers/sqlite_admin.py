@@ -182,7 +182,7 @@ class SqliteAdmin:
                 ).fetchone()[0]
             # A new epoch and no owner: whatever runs of the old one can no longer settle.
             db.execute("UPDATE stentor_slot SET member = NULL, epoch = epoch + 1, clean = 1 WHERE grp = ?", (number,))
-            tx.told = True
+            tx.regrouped = True
             return count
 
         count = await self._broker.file.submit(rewind)

@@ -69,7 +69,7 @@ class SqliteConsumer:
                 db.execute(
                     "DELETE FROM stentor_worker WHERE id = ? AND id NOT IN (SELECT worker FROM stentor_member)", (worker,)
                 )
-                tx.told = True
+                tx.regrouped = True
             else:
                 living.append(member)
         slots = db.execute(
@@ -142,7 +142,7 @@ class SqliteConsumer:
                 "UPDATE stentor_slot SET member = NULL, clean = 1 WHERE grp = ? AND slot = ? AND member = ? AND epoch = ?",
                 epochs,
             )
-            tx.told = True
+            tx.regrouped = True
 
         return release
 
@@ -385,7 +385,7 @@ class SqliteConsumer:
                     release(tx)
                 tx.db.execute("UPDATE stentor_slot SET member = NULL, clean = 0 WHERE member = ?", (self.member,))
                 tx.db.execute("DELETE FROM stentor_member WHERE id = ?", (self.member,))
-                tx.told = True
+                tx.regrouped = True
 
             await self.broker.file.submit(leave)
             self._forget(list(self._owned))

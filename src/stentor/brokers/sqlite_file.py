@@ -98,7 +98,7 @@ _INSERTS = {size: insert_sql("stentor_event", _EVENT, size) for size in CHUNKS}
 class Tx:
     """One transaction, as the operations in it see it."""
 
-    __slots__ = ("_flat", "_rows", "db", "last", "now", "told")
+    __slots__ = ("_flat", "_rows", "db", "last", "now", "regrouped", "told")
 
     def __init__(self, db: sqlite3.Connection, now: float) -> None:
         self.db = db
@@ -110,6 +110,8 @@ class Tx:
         self._rows = 0
         self.told = False
         """Other processes have something to look at."""
+        self.regrouped = False
+        """Members came or went, or slots are free: the other members must look at their shares."""
 
     def append(self, row: Row) -> int:
         """Add an event to the log; returns its sequence number."""
@@ -176,6 +178,7 @@ def alive(pid: int) -> bool:
         return True
 
 
+_STORED, _REGROUPED = b"1", b"2"
 Op = tuple[Callable[[Tx], Any] | Row, "asyncio.Future[Any] | None"]
 """What to do (a bare Row: append it), and who waits for it."""
 
@@ -188,10 +191,8 @@ class SqliteFile:
         self.beat = beat
         self.on_beat: Callable[[Tx], None] | None = None
         """Called in a transaction of the writer thread every ``beat`` seconds."""
-        self.on_wake: Callable[[], None] | None = None
-        """Called in the loop when another process wrote something."""
-        self.addresses: list[str] = []
-        """Whom to wake after a commit."""
+        self.on_wake: Callable[[bool], None] | None = None
+        """Called in the loop when another process wrote something; True when that concerns the members of a group."""
         self.address = ""
         self._synchronous = synchronous
         self._queue: queue.SimpleQueue[list[Op] | None] = queue.SimpleQueue()
@@ -292,21 +293,22 @@ class SqliteFile:
 
     def _hear(self) -> None:
         assert self._socket is not None
+        regrouped = False
         try:
-            while self._socket.recv(64):
-                pass
+            while True:
+                regrouped = self._socket.recv(8) == _REGROUPED or regrouped
         except OSError:
-            pass
+            pass  # all that was waiting is read
         if self.on_wake is not None:
-            self.on_wake()
+            self.on_wake(regrouped)
 
-    def _tell(self) -> None:
+    def _tell(self, what: bytes, addresses: list[str]) -> None:
         if self._socket is None:
             return
-        for address in self.addresses:
+        for address in addresses:
             if address != self.address:
                 try:
-                    self._socket.sendto(b"1", f"\0{address[1:]}" if address[0] == "@" else address)
+                    self._socket.sendto(what, f"\0{address[1:]}" if address[0] == "@" else address)
                 except OSError:
                     continue  # it is gone, or has wake-ups enough waiting
 
@@ -383,7 +385,8 @@ class SqliteFile:
         db = self._writer
         results: list[tuple[asyncio.Future[Any] | None, Any, BaseException | None]] = []
         committing = False
-        told = False
+        told = b""
+        addresses: list[str] = []
         fcntl.flock(self._lock_fd, fcntl.LOCK_EX)
         try:
             db.execute("BEGIN IMMEDIATE")
@@ -405,7 +408,9 @@ class SqliteFile:
                 ops += more
             committing = True
             db.execute("COMMIT")
-            told = tx.told
+            told = _REGROUPED if tx.regrouped else _STORED if tx.told else b""
+            if told:  # read each time: whoever joined a moment ago must be woken too
+                addresses = [address for (address,) in db.execute("SELECT address FROM stentor_worker").fetchall()]
             self._checkpoint(db)
         except sqlite3.Error as error:
             known = translate(error, self.path)
@@ -420,7 +425,7 @@ class SqliteFile:
         finally:
             fcntl.flock(self._lock_fd, fcntl.LOCK_UN)
         if told:
-            self._tell()
+            self._tell(told, addresses)
         try:
             self.loop.call_soon_threadsafe(_resolve, results)
         except RuntimeError:
