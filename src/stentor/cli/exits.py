@@ -1,0 +1,52 @@
+"""How a command ends: the exit codes, in one place, and the one clear line that goes with a failure."""
+
+from __future__ import annotations
+
+import click
+
+from stentor.errors import BrokerError, DefinitionError, StentorError, UnknownGroup, UnknownTopic, Unsupported
+
+OK = 0
+FAILED = 1
+USAGE = 2
+DEFINITION = 3
+BROKER = 4
+NOT_FOUND = 5
+INTERRUPTED = 130
+
+EXIT_CODES = {
+    OK: "done",
+    FAILED: "it ran and failed: a worker stopped by itself, an event was refused, doctor found a fault",
+    USAGE: "wrong use of the command line",
+    DEFINITION: "the app cannot be loaded, or it, the broker URL or a setting cannot work",
+    BROKER: "the broker cannot be reached or used",
+    NOT_FOUND: "there is no such group, topic, dead letter or delayed event",
+    INTERRUPTED: "interrupted",
+}
+
+
+class NotFound(StentorError):
+    """What the command line names is not there."""
+
+
+def exit_code(error: BaseException) -> int:
+    """The exit code that an error stands for."""
+    if isinstance(error, (UnknownGroup, UnknownTopic, NotFound)) or type(error).__name__ == "UnknownDeadLetter":
+        return NOT_FOUND
+    if isinstance(error, (DefinitionError, Unsupported)):
+        return DEFINITION
+    if isinstance(error, BrokerError):
+        return BROKER
+    if isinstance(error, KeyboardInterrupt):
+        return INTERRUPTED
+    return FAILED
+
+
+def complain(text: object) -> None:
+    """One line on standard error that says what is wrong."""
+    click.echo(click.style("error:", fg="red", bold=True) + f" {text}", err=True)
+
+
+def advise(text: str) -> None:
+    """One line on standard error that is no failure."""
+    click.echo(click.style("note:", fg="yellow", bold=True) + f" {text}", err=True)
