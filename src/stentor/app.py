@@ -10,7 +10,7 @@ import threading
 from collections.abc import AsyncIterator, Callable, Collection, Coroutine
 from contextlib import AbstractAsyncContextManager, AbstractContextManager, asynccontextmanager
 from datetime import datetime
-from typing import Any, Literal, Protocol, TypeVar, overload
+from typing import Any, Literal, Protocol, Self, TypeVar, overload
 from zoneinfo import ZoneInfo
 
 from stentor.broker import Broker, Durable
@@ -22,6 +22,7 @@ from stentor.event import Event, Outgoing, Topic, check_name
 from stentor.group import AttrsLike, DataclassLike, Group, On, PydanticLike, Where, component_group
 from stentor.handler import Batch
 from stentor.message import Attribute, Message, Receipt
+from stentor.plan import Route
 from stentor.program import Program
 from stentor.retry import Retry
 from stentor.schedule import Missed
@@ -234,6 +235,8 @@ class App:
         context = current.get()
         if context is not None:
             context.caused(messages)
+        if program.runtime.undeclared:
+            await program.declare_new()
         receipts = await program.broker.publish(messages)
         return list(receipts) if many else receipts[0]
 
@@ -282,9 +285,7 @@ class App:
                 for cls in handler.types:
                     self.catalog.add(cls, f"{handler.place}: ")
         url = options.pop("url", None) or self._url
-        return Program(
-            self.name, self.catalog, groups, app=self, url=url, clock=self._clock, durable=self._durable, **options
-        )
+        return Program(self.name, self.catalog, groups, app=self, url=url, durable=self._durable, **options)
 
     @asynccontextmanager
     async def running(
@@ -299,8 +300,13 @@ class App:
         broker: Broker | None = None,
         overrides: dict[Any, Any] | None = None,
         connect_only: bool = False,
+        clock: Clock | None = None,
+        adapt: Callable[[Route], None] | None = None,
     ) -> AsyncIterator[Program]:
-        """Run (or with ``connect_only`` connect) inside a program; a failing worker cancels the body."""
+        """Run (or with ``connect_only`` connect) inside a program; a failing worker cancels the body.
+
+        ``broker``, ``overrides``, ``clock`` and ``adapt`` (called with each route before it runs) are for tests.
+        """
         task = asyncio.current_task()
         cut = False
 
@@ -312,7 +318,7 @@ class App:
                 cut = True
                 task.cancel()
 
-        program = self._make(url=url, broker=broker, overrides=overrides)
+        program = self._make(url=url, broker=broker, overrides=overrides, clock=clock or self._clock, adapt=adapt)
         await program.open(on_fatal=fatal, new_groups=new_groups)
         self._program = program
         try:
@@ -330,13 +336,13 @@ class App:
             finally:
                 self._program = None
 
-    async def __aenter__(self) -> App:
+    async def __aenter__(self) -> Self:
         self._running = self.running()
         await self._running.__aenter__()
         return self
 
-    async def __aexit__(self, *error: Any) -> bool | None:
-        return await self._running.__aexit__(*error)
+    async def __aexit__(self, *error: object) -> bool | None:
+        return await self._running.__aexit__(*error)  # type: ignore[arg-type]
 
     def connected(self) -> _Both:
         """Connect without handling, to publish or browse; for ``async with`` and, in scripts, for ``with``."""
@@ -421,7 +427,7 @@ class App:
             running = None
         if running is not None:
             coroutine.close()
-            raise NotConnected("publish_sync blocks, so it cannot be called inside an event loop; await app.publish(...)")
+            raise NotConnected("publish_sync blocks: inside an event loop use `await app.publish(...)`")
         program = self._program
         if program is None:
             with self._portal_lock:
@@ -474,15 +480,13 @@ class _Connected:
         await self._running.__aenter__()
         return self._app
 
-    async def __aexit__(self, *error: Any) -> bool | None:
-        return await self._running.__aexit__(*error)
+    async def __aexit__(self, *error: object) -> bool | None:
+        return await self._running.__aexit__(*error)  # type: ignore[arg-type]
 
     def __enter__(self) -> App:
         self._app._portal = _Portal(self._app)
         return self._app
 
-    def __exit__(self, *error: Any) -> None:
+    def __exit__(self, *error: object) -> None:
         if self._app._portal is not None:
             self._app._portal.close()
-
-

@@ -8,10 +8,10 @@ from typing import Any
 
 import msgspec
 
-from stentor.cloudevents import check_extension, check_uri_reference
 from stentor.clock import Clock, iso, seconds
+from stentor.cloudevents import check_extension, check_uri_reference
 from stentor.errors import DefinitionError, DuplicateType, InvalidEvent, NewerVersion, Undecodable
-from stentor.event import EventSpec, Named, Outgoing, check_finite, key_text, spec_of
+from stentor.event import EventSpec, Named, Outgoing, Topic, check_finite, key_text, spec_of
 from stentor.message import Message, new_id
 
 JSON = "application/json"
@@ -25,7 +25,7 @@ class Catalog:
 
     def __init__(self, source: str, clock: Clock) -> None:
         self.source = source
-        self._clock = clock
+        self.clock = clock
         self._by_type: dict[str, EventSpec] = {}
         self._foreign: dict[str, EventSpec] = {}
         self.published: set[str] | None = None
@@ -43,10 +43,8 @@ class Catalog:
         if spec is None:
             name = getattr(cls, "__qualname__", repr(cls))
             abstract = hasattr(cls, "__inherit__")
-            raise DefinitionError(
-                f"{where}{name} is no event: "
-                + ("it has no topic, so it is abstract" if abstract else "derive it from Event or decorate it with @event")
-            )
+            hint = "it has no topic, so it is abstract" if abstract else "derive it from Event or use @event"
+            raise DefinitionError(f"{where}{name} is no event: {hint}")
         for name in spec.names:
             other = self._by_type.setdefault(name, spec)
             if other is not spec:
@@ -70,6 +68,17 @@ class Catalog:
         """The class that reads messages of this type, if there is one."""
         return self._by_type.get(type)
 
+    def topics(self) -> dict[str, Topic]:
+        """The topics of all classes, by name. Raises DuplicateType when two classes differ about one."""
+        found: dict[str, Topic] = {}
+        for spec in self:
+            topic = found.setdefault(spec.topic.name, spec.topic)
+            if topic != spec.topic:
+                raise DuplicateType(
+                    f"topic {topic.name!r} is declared with different settings: {spec.topic} and {topic}"
+                )
+        return found
+
     def schemas(self) -> dict[str, dict[str, Any]]:
         """JSON Schema of every event's data, by type."""
         return {spec.type: spec.schema() for spec in self}
@@ -87,7 +96,7 @@ class Catalog:
 
     def stamp(self) -> str:
         """Now as RFC 3339 text; one text a millisecond, as making it costs more than the rest of a publish."""
-        now = self._clock.now()
+        now = self.clock.now()
         millisecond = int(now * 1000)
         if self._stamp[0] != millisecond:
             self._stamp = (millisecond, iso(millisecond / 1000))
@@ -98,11 +107,14 @@ class Catalog:
 
         Raises:
             InvalidEvent: the event would not decode, its key is bad, or the app does not own its type.
+            DuplicateType: the app knows another class of its type.
         """
         cls = type(event)
-        spec = getattr(cls, "__event__", None)
+        spec: EventSpec | None = getattr(cls, "__event__", None)
         if spec is None or spec.cls is not cls:
             return self._encode_other(event, time)
+        if self._by_type.get(spec.type) is not spec:
+            self.add(cls)
         try:
             data = spec.encode(event)
             spec.decode(data)
@@ -165,10 +177,10 @@ class Catalog:
                 raise InvalidEvent(f"id must be a text of 1 to 256 characters, not {out.id!r}")
             message.id, message.fresh = out.id, False
         if out.delay is not None:
-            message.due = self._clock.now() + _delay(out.delay)
+            message.due = self.clock.now() + _delay(out.delay)
         if out.at is not None:
             message.due = _aware(out.at, "at").timestamp()
-        if message.due and message.due - self._clock.now() > 366 * 86400:
+        if message.due and message.due - self.clock.now() > 366 * 86400:
             raise InvalidEvent("a delayed event falls due within a year at the latest")
         if out.time is not None:
             message.extensions = message.extensions | {"recordedtime": time}
@@ -259,5 +271,3 @@ def _short(event: Any) -> str:
 
 def _path(cls: type) -> str:
     return f"{cls.__module__}.{cls.__qualname__}"
-
-

@@ -35,7 +35,7 @@ def seconds(duration: Duration, what: str = "duration") -> float:
         parts = _DURATION.findall(text)
         if parts and "".join(number + unit for number, unit in parts) == text:
             return sum(float(number) * _UNITS[unit] for number, unit in parts)
-    raise DefinitionError(f'{what}: {duration!r} is no duration; write "200ms", "30s", "5m", "12h", "30d" or a timedelta')
+    raise DefinitionError(f'{what}: {duration!r} is no duration; write "200ms", "30s", "5m", "30d" or a timedelta')
 
 
 def iso(timestamp: float) -> str:
@@ -72,6 +72,14 @@ class Clock(Protocol):
 
     async def sleep(self, delay: float) -> None: ...
 
+    async def sleep_until(self, moment: float) -> None:
+        """Returns once ``now()`` has reached ``moment``, also when the wall clock is set meanwhile."""
+        ...
+
+    async def pause(self, delay: float) -> None:
+        """``sleep`` between rounds of housekeeping, of which a clock that jumps may leave out the superfluous ones."""
+        ...
+
     def timeout(self, delay: float) -> AbstractAsyncContextManager[Any]:
         """Cancels its body after ``delay`` seconds and raises TimeoutError, as asyncio.timeout does."""
         ...
@@ -90,6 +98,14 @@ class SystemClock:
         return asyncio.get_running_loop().call_later(delay, callback)
 
     async def sleep(self, delay: float) -> None:
+        await asyncio.sleep(delay)
+
+    async def sleep_until(self, moment: float) -> None:
+        # In short steps: a wall clock that is set forward must not delay what is due by it.
+        while (left := moment - time.time()) > 0:  # noqa: ASYNC110
+            await asyncio.sleep(min(left, 60.0))
+
+    async def pause(self, delay: float) -> None:
         await asyncio.sleep(delay)
 
     def timeout(self, delay: float) -> AbstractAsyncContextManager[Any]:

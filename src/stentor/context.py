@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from contextvars import ContextVar
 from datetime import datetime
 from typing import Any, Literal, NoReturn, Protocol
@@ -16,7 +16,7 @@ from msgspec import Struct
 from stentor.clock import Duration, seconds
 from stentor.cloudevents import child_trace, traceparent
 from stentor.errors import NotConnected
-from stentor.event import Outgoing
+from stentor.event import Outgoing, Topic
 from stentor.message import Delivery, Message
 
 FIRING = "stentor.firing"
@@ -77,6 +77,7 @@ class Runtime:
         app: Any,
         encode: Callable[[Any], list[Message]],
         fatal: Callable[[BaseException], None],
+        declare: Callable[[], Awaitable[None]],
         loop: asyncio.AbstractEventLoop,
     ) -> None:
         self.app = app
@@ -84,6 +85,10 @@ class Runtime:
         """The checked messages of an event, a list or a tuple of events."""
         self.fatal = fatal
         """Ends the program: a worker failed."""
+        self.declare = declare
+        """Declares what is in ``undeclared``; before anything that was encoded since is stored."""
+        self.undeclared: dict[str, Topic] = {}
+        """Topics of event classes that were first met at a publish."""
         self.loop = loop
         self.stopping = asyncio.Event()
 

@@ -157,7 +157,7 @@ def _compile_key(cls: type, key: KeyOf | None) -> Callable[[Any], str | None]:
 
 
 def _check_fields(cls: type, names: tuple[str, ...]) -> None:
-    known = set(getattr(cls, "__struct_fields__", ())) or set(getattr(cls, "model_fields", ())) or set(all_hints(cls))
+    known = field_names(cls)
     for name in names:
         if name not in known and not hasattr(cls, name):
             raise DefinitionError(
@@ -166,12 +166,12 @@ def _check_fields(cls: type, names: tuple[str, ...]) -> None:
             )
 
 
-def all_hints(cls: type) -> dict[str, Any]:
-    """The annotations of a class and its bases, unresolved."""
-    found: dict[str, Any] = {}
-    for base in reversed(cls.__mro__):
-        found.update(base.__dict__.get("__annotations__", {}))
-    return found
+def field_names(cls: type) -> list[str]:
+    """The fields of an event class of any kind, in order."""
+    for attribute in ("__struct_fields__", "model_fields", "__dataclass_fields__"):
+        if hasattr(cls, attribute):
+            return list(getattr(cls, attribute))
+    return [item.name for item in getattr(cls, "__attrs_attrs__", ())]
 
 
 def key_text(value: Any, name: str, field: str) -> str:
@@ -215,6 +215,8 @@ if TYPE_CHECKING:
 
     @dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(field,))
     class Event:
+        """Base class of typed events; see below."""
+
         def __init_subclass__(
             cls,
             *,
@@ -258,9 +260,7 @@ else:
             cls.__event__ = (
                 None
                 if topic is None
-                else EventSpec(
-                    cls, topic=topic, key=key, type=type, version=version, newer=newer, also=also, wire=wire
-                )
+                else EventSpec(cls, topic=topic, key=key, type=type, version=version, newer=newer, also=also, wire=wire)
             )
             return cls
 
@@ -363,7 +363,7 @@ def replace(event: E, /, **changes: Any) -> E:
 
 
 def _evolve(event: E, changes: dict[str, Any]) -> E:
-    fields = {item.name: getattr(event, item.name) for item in event.__class__.__attrs_attrs__}  # type: ignore[attr-defined]
+    fields = {name: getattr(event, name) for name in field_names(type(event))}
     return event.__class__(**(fields | changes))
 
 

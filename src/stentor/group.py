@@ -29,15 +29,21 @@ Where = Callable[[Any], bool] | str | None
 
 
 class DataclassLike(Protocol):
+    """An instance of a dataclass."""
+
     __dataclass_fields__: ClassVar[dict[str, Any]]
 
 
 class AttrsLike(Protocol):
+    """An instance of an attrs class."""
+
     @property
     def __attrs_attrs__(self) -> Any: ...
 
 
 class PydanticLike(Protocol):
+    """An instance of a pydantic model."""
+
     @property
     def __pydantic_fields_set__(self) -> set[str]: ...
 
@@ -249,11 +255,11 @@ def on(
     where: Where = None,
     batch: Batch | None = None,
 ) -> Callable[[F], F]:
-    """Mark a method of a component as a handler; ``app.add(Component(...))`` registers it. Parameters as ``Group.on``."""
+    """Mark a method of a component as a handler; ``app.add(Component(...))`` registers it. Options as ``Group.on``."""
 
     def decorate(function: F) -> F:
-        marks = function.__dict__.setdefault("__stentor_on__", [])
-        marks.append({"types": types, "topic": topic, "retry": retry, "timeout": timeout, "where": where, "batch": batch})
+        options = {"types": types, "topic": topic, "retry": retry, "timeout": timeout, "where": where, "batch": batch}
+        function.__dict__.setdefault("__stentor_on__", []).append(options)
         return function
 
     return decorate
@@ -267,7 +273,5 @@ def component_group(component: object) -> Group:
         for options in getattr(member, "__stentor_on__", ()):
             group.add_handler(Handler(getattr(component, name), **options))
     if not group.handlers:
-        raise DefinitionError(f"{cls.__qualname__} is no Group, no source, and no method of it carries @stentor.on(...)")
+        raise DefinitionError(f"{cls.__qualname__} is no Group, and no method of it carries @stentor.on(...)")
     return group
-
-

@@ -80,6 +80,11 @@ class Handler:
             return (f"topic {self.topic}",)
         return tuple(name for cls in self.types if (spec := spec_of(cls)) for name in spec.names)
 
+    @property
+    def returns(self) -> tuple[type, ...]:
+        """The event classes that its return annotation names."""
+        return _events(_resolve(inspect.signature(self.function).return_annotation, self.function))
+
     def compile(self, scope: AppScope, overrides: dict[Any, Any] | None = None) -> Invoke:
         """The callable that the worker runs.
 
@@ -183,27 +188,34 @@ def _check_return(handler: Handler, function: Callable[..., Any]) -> None:
         )
 
 
+_NOTHING = (None, type(None), Any, Ellipsis, typing.NoReturn, typing.Never)
+
+
 def _not_events(annotation: Any) -> Any | None:
     """The part of a return annotation that is no event, or None."""
     for member in _members(annotation):
-        if member in (None, type(None), Any, Ellipsis) or isinstance(member, (str, typing.TypeVar, typing.ForwardRef)):
+        if member in _NOTHING or isinstance(member, (str, typing.TypeVar, typing.ForwardRef)):
             continue
         origin = get_origin(member)
         if origin is Annotated:
             bad = _not_events(get_args(member)[0])
-        elif origin is not None and isinstance(origin, type) and issubclass(origin, (list, tuple, AsyncIterator, Iterable)):
+        elif isinstance(origin, type) and issubclass(origin, (list, tuple, AsyncIterator, Iterable)):
             bad = next((b for b in map(_not_events, get_args(member)) if b is not None), None)
         elif isinstance(member, type) and (
             spec_of(member) or issubclass(member, (Outgoing, Named, Message)) or hasattr(member, "__inherit__")
         ):
-            continue
-        elif member is typing.NoReturn or member is typing.Never:
             continue
         else:
             bad = member
         if bad is not None:
             return bad
     return None
+
+
+def _events(annotation: Any) -> tuple[type, ...]:
+    if isinstance(annotation, type) and spec_of(annotation) is not None:
+        return (annotation,)
+    return tuple(cls for part in get_args(annotation) for cls in _events(part))
 
 
 # ---- injection ------------------------------------------------------------------------------------------------------
@@ -335,7 +347,7 @@ def _compile(handler: Handler, function: Callable[..., Any], scope: AppScope, ov
             return [event async for event in function(*args, **kwargs)]
 
         call = collect
-    elif inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(getattr(function, "__call__", None)):
+    elif inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__):
         call = function
     else:
         call = _in_thread(function)
@@ -345,9 +357,12 @@ def _compile(handler: Handler, function: Callable[..., Any], scope: AppScope, ov
             return lambda event, context: call(event)
         return lambda event, context: call()
     only = next(iter(injected)) if len(injected) == 1 else None
-    if only is not None and positional and not scoped and _resolve(
-        next(p.annotation for p in parameters if p.name == only), function
-    ) is Context:
+    if (
+        only is not None
+        and positional
+        and not scoped
+        and _resolve(next(p.annotation for p in parameters if p.name == only), function) is Context
+    ):
         return lambda event, context: call(event, **{only: context})
 
     async def invoke(event: Any, context: Context) -> Any:

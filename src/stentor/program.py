@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Collection, Sequence
-
 from typing import TYPE_CHECKING, Any
 
 from stentor.broker import Broker, GroupInfo, weaker
@@ -13,7 +12,7 @@ from stentor.catalog import Catalog
 from stentor.clock import Clock
 from stentor.connect import broker_url, connect
 from stentor.context import Runtime
-from stentor.errors import ConfigError, DefinitionError, DuplicateType, GroupsChanged, TooLarge
+from stentor.errors import ConfigError, DefinitionError, GroupsChanged, TooLarge
 from stentor.event import Topic
 from stentor.group import Group
 from stentor.handler import AppScope, Handler
@@ -47,21 +46,27 @@ class Program:
         durable: Any = None,
         broker: Broker | None = None,
         overrides: dict[Any, Any] | None = None,
+        adapt: Callable[[Route], None] | None = None,
     ) -> None:
         self.name = name
         self.catalog = catalog
+        catalog.clock = clock
         self.groups = groups
         self.clock = clock
         self.url = broker_url(url)
         self.broker = broker if broker is not None else connect(self.url, clock)
         self._owns_broker = broker is None
         self.limit = self.broker.features.max_bytes
+        self._plain = self.limit - OVERHEAD
+        """Data up to this size needs no closer look, if the attributes are the usual ones."""
         self.workers: list[Worker] = []
         self.notes: list[str] = []
         """One line for each group at start."""
         self.scope = AppScope()
         self._app = app
         self._overrides = overrides or {}
+        self._adapt = adapt
+        self._declared: set[str] = set()
         self._each: list[asyncio.Task[None]] = []
         self.failure: BaseException | None = None
         self._on_fatal: Callable[[BaseException], None] | None = None
@@ -74,7 +79,7 @@ class Program:
     async def open(self, *, on_fatal: Callable[[BaseException], None] | None = None, new_groups: bool = False) -> None:
         """Connect and declare. Raises DefinitionError, GroupsChanged, Unsupported or a BrokerError."""
         self._on_fatal = on_fatal
-        self.runtime = Runtime(self._app, self.encode, self._fatal, asyncio.get_running_loop())
+        self.runtime = Runtime(self._app, self.encode, self._fatal, self.declare_new, asyncio.get_running_loop())
         if self._owns_broker:
             await self.broker.open()
         try:
@@ -114,13 +119,11 @@ class Program:
 
     async def _declare(self, new_groups: bool) -> None:
         self._subscriptions = self.subscriptions()
-        topics = {spec.topic.name: spec.topic for spec in self.catalog}
-        for spec in self.catalog:
-            if topics[spec.topic.name] != spec.topic:
-                raise DuplicateType(
-                    f"topic {spec.topic.name!r} is declared with different settings: {spec.topic} and "
-                    f"{topics[spec.topic.name]}"
-                )
+        for group in self.groups.values():
+            for handler in group.handlers:
+                for cls in handler.returns:
+                    self.catalog.add(cls, f"{handler.place}: ")
+        topics = self.catalog.topics()
         for name, subscription in self._subscriptions.items():
             topics[dead_topic(name)] = Topic(dead_topic(name))
             for topic in subscription.topics:
@@ -128,20 +131,22 @@ class Program:
         await self._rename(await self.broker.admin.groups(), new_groups)
         persistent = [s for s in self._subscriptions.values() if not s.instance]
         await self.broker.declare(list(topics.values()), [s for s in persistent if s.topics])
+        self._declared.update(topics)
 
     async def _rename(self, existing: Sequence[GroupInfo], new_groups: bool) -> None:
         """Take over groups under former names; refuse when a group vanished while a new one appeared."""
         known = {info.name: info for info in existing}
         for name, group in self.groups.items():
             for old in group.was:
-                old = old if old in known or "." in old else f"{self.name}.{old}"
-                if old in known and name not in known:
-                    await self.broker.admin.rename_group(old, name)
-                    log.info("group %s is now called %s", old, name)
-                    known[name] = known.pop(old)
+                former = old if old in known or "." in old else f"{self.name}.{old}"
+                if former in known and name not in known:
+                    await self.broker.admin.rename_group(former, name)
+                    log.info("group %s is now called %s", former, name)
+                    known[name] = known.pop(former)
         mine = {n for n, info in known.items() if info.app == self.name and "#" not in n}
         missing = sorted(mine - set(self.groups))
-        fresh = sorted(name for name, s in self._subscriptions.items() if name not in known and s.topics and not s.instance)
+        lasting = {name for name, s in self._subscriptions.items() if s.topics and not s.instance}
+        fresh = sorted(lasting - set(known))
         if missing and fresh and not new_groups:
             raise GroupsChanged(
                 f"group {', '.join(missing)} lost its handler while {', '.join(fresh)} is new. If it was renamed, say "
@@ -154,15 +159,26 @@ class Program:
 
     def encode(self, events: Any) -> list[Message]:
         """The checked messages of an event, or of a list or tuple of events; raises InvalidEvent or TooLarge."""
-        time = self.catalog.stamp()
-        if isinstance(events, (list, tuple)):
-            messages = [self.catalog.encode(event, time) for event in events]
-        else:
-            messages = [self.catalog.encode(events, time)]
+        time, encode = self.catalog.stamp(), self.catalog.encode
+        messages = (
+            [encode(event, time) for event in events] if isinstance(events, (list, tuple)) else [encode(events, time)]
+        )
         for message in messages:
-            if len(message.data) > self.limit - OVERHEAD or message.extensions:
+            if message.extensions or len(message.data) > self._plain:
                 self._check_size(message)
+            if message.topic not in self._declared:
+                topic = self.catalog.topics().get(message.topic)
+                if topic is not None:  # of a class met only now; topics of events known by name are declared elsewhere
+                    self.runtime.undeclared[message.topic] = topic
         return messages
+
+    async def declare_new(self) -> None:
+        """Declare the topics of classes that were first met at a publish."""
+        topics = dict(self.runtime.undeclared)
+        await self.broker.declare(list(topics.values()), [])
+        self._declared.update(topics)
+        for name in topics:
+            self.runtime.undeclared.pop(name, None)
 
     def _check_size(self, message: Message) -> None:
         size = len(message.data) + sum(len(name) + len(str(value)) for name, value in message.attributes().items())
@@ -199,11 +215,14 @@ class Program:
         alone = [source for source in group.sources if source.instances == "one"]
         if alone:
             plan.duties[source_topic(name)] = SourceDuty(alone, self.runtime, atomic=self.broker.features.atomic)
+        if self._adapt is not None:
+            for route in dict.fromkeys([*plan.routes.values(), *plan.topics.values()]):
+                self._adapt(route)
         return plan
 
     async def start(self, only: Collection[str] = (), skip: Collection[str] = ()) -> None:
         """Start the workers of the chosen groups, all by default; names may leave out the app's prefix."""
-        chosen = self._choose(only, skip)
+        chosen = self.choose(only, skip)
         broadcast = [s for name, s in self._subscriptions.items() if s.instance and name in chosen]
         if broadcast:
             await self.broker.declare([], broadcast)
@@ -217,9 +236,9 @@ class Program:
             for source in group.sources:
                 if source.instances == "each":
                     self._each.append(asyncio.create_task(self._run_each(source)))
-            self.notes.append(self._note(name, group))
+            self.notes.append(self.note(name, group))
 
-    def _choose(self, only: Collection[str], skip: Collection[str]) -> list[str]:
+    def choose(self, only: Collection[str], skip: Collection[str]) -> list[str]:
         def full(name: str) -> str:
             for candidate in (name, f"{self.name}.{name}"):
                 if candidate in self.groups:
@@ -230,7 +249,9 @@ class Program:
         return [name for name in self.groups if name in wanted - {full(name) for name in skip}]
 
     async def _run_each(self, source: SourceFunction) -> None:
-        async def write(messages: list[Message], position: bytes | None) -> None:
+        async def write(messages: list[Message], _: bytes | None) -> None:
+            if self.runtime.undeclared:
+                await self.declare_new()
             await self.broker.publish(messages)
 
         wait = 1.0
@@ -243,7 +264,7 @@ class Program:
             await self.clock.sleep(wait)
             wait = min(wait * 2, 60.0)
 
-    def _note(self, name: str, group: Group) -> str:
+    def note(self, name: str, group: Group) -> str:
         def listed(handler: Handler) -> str:
             if handler.topic is not None:
                 return f"all of {handler.topic}"
@@ -270,5 +291,3 @@ class Program:
         await self.scope.close()
         if self._owns_broker:
             await self.broker.close()
-
-

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass, field
+from typing import Any
 
 from stentor.clock import Duration, seconds
 from stentor.errors import DefinitionError
@@ -44,7 +45,7 @@ class Retry:
             value = getattr(self, name)
             if isinstance(value, type):
                 value = (value,)
-            if not isinstance(value, tuple) or not all(isinstance(e, type) and issubclass(e, BaseException) for e in value):
+            if not isinstance(value, tuple) or not all(map(_is_error, value)):
                 raise DefinitionError(f"Retry: {name} must be a tuple of exception classes, not {value!r}")
             object.__setattr__(self, name, value)
         object.__setattr__(self, "_first", seconds(self.first, "Retry: first"))
@@ -54,7 +55,7 @@ class Retry:
         """Seconds to wait after the given attempt (from 1) failed."""
         # The exponent is bounded so that a policy without end cannot overflow.
         base = min(self._longest, self._first * self.factor ** min(attempt - 1, 200))
-        return base * (1 + self.jitter * random.uniform(-1, 1))
+        return base * (1 + self.jitter * random.uniform(-1, 1))  # noqa: S311 - no secret
 
     def gives_up(self, error: BaseException, attempt: int) -> bool:
         """Whether the event is dead after this attempt failed with this error."""
@@ -63,3 +64,7 @@ class Retry:
         if self.only and not isinstance(error, self.only):
             return True
         return self.attempts is not None and attempt >= self.attempts
+
+
+def _is_error(value: Any) -> bool:
+    return isinstance(value, type) and issubclass(value, BaseException)

@@ -121,8 +121,7 @@ class TimerDuty:
                 elif timer.missed == "skip" and timer.schedule.after(last[timer.name]) <= now:
                     last[timer.name] = now
             nearest = min(timer.schedule.after(last[timer.name]) for timer in self._timers)
-            # Never sleep long: a clock that is set forward must not delay what is due by it.
-            await duties.clock.sleep(min(max(nearest - duties.clock.now(), 0.001), 60.0))
+            await duties.clock.sleep_until(nearest)
 
     def _message(self, timer: Timer, scheduled: float, missed: int, now: float) -> Message:
         firing = Firing(

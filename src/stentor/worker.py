@@ -619,6 +619,8 @@ class Worker:
     async def _settled(self, settlements: list[Settlement]) -> Sequence[Failure]:
         while True:
             try:
+                if self.runtime.undeclared:
+                    await self.runtime.declare()
                 failures = await self.consumer.settle(settlements)
             except StentorError as error:
                 await self._troubled(error)
@@ -643,7 +645,7 @@ class Worker:
     async def _tick(self) -> None:
         """Once a second: apply marks, move what runs for long out of the log, look for a clogged window."""
         while True:
-            await self.clock.sleep(1.0)
+            await self.clock.pause(1.0)
             try:
                 for mark in await self.consumer.marks():
                     await self.parking.apply(mark)
