@@ -9,7 +9,7 @@ from typing import Any
 import msgspec
 
 from stentor.clock import Clock, iso, seconds
-from stentor.cloudevents import check_extension, check_uri_reference
+from stentor.cloudevents import check_extension, check_uri_reference, check_value
 from stentor.errors import DefinitionError, DuplicateType, InvalidEvent, NewerVersion, Undecodable
 from stentor.event import EventSpec, Named, Outgoing, Topic, check_finite, key_text, spec_of
 from stentor.message import Message, new_id
@@ -121,7 +121,7 @@ class Catalog:
         except _BAD as error:
             raise InvalidEvent(f"{cls.__qualname__}: {error}; {_short(event)}") from None
         if b"null" in data:  # msgspec writes NaN and infinities as null, which an optional field would swallow
-            check_finite(_plain(event), cls.__qualname__)
+            check_finite(event, cls.__qualname__)
         if self.published is not None and spec.type not in self.published:
             raise InvalidEvent(f"this app does not publish {spec.type!r}; declare it with app.publishes(...)")
         if spec.wire == "json":
@@ -175,6 +175,7 @@ class Catalog:
         if out.id is not None:
             if not isinstance(out.id, str) or not 0 < len(out.id) <= 256:
                 raise InvalidEvent(f"id must be a text of 1 to 256 characters, not {out.id!r}")
+            check_value("id", out.id)
             message.id, message.fresh = out.id, False
         if out.delay is not None:
             message.due = self.clock.now() + _delay(out.delay)
@@ -190,6 +191,7 @@ class Catalog:
         if out.subject is not None:
             if not isinstance(out.subject, str) or not out.subject:
                 raise InvalidEvent(f"subject must be a non-empty string, not {out.subject!r}")
+            check_value("subject", out.subject)
             message.subject = out.subject
         if out.headers:
             message.extensions = message.extensions | {
@@ -254,14 +256,6 @@ def _aware(moment: datetime, what: str) -> datetime:
 def _is_json(content: str) -> bool:
     media = content.partition(";")[0].strip().lower()
     return media == JSON or media.endswith("+json")
-
-
-def _plain(event: Any) -> Any:
-    if isinstance(event, msgspec.Struct):
-        return msgspec.structs.asdict(event)
-    if hasattr(event, "model_dump"):
-        return event.model_dump()
-    return {name: getattr(event, name) for name in getattr(event, "__dict__", ())}
 
 
 def _short(event: Any) -> str:

@@ -38,10 +38,11 @@ def check_extension(name: str, value: Any) -> Attribute:
         raise InvalidEvent(f"header {name!r}: a CloudEvents extension name has only a-z and 0-9, at most {_NAME_LIMIT}")
     if name in _RESERVED:
         raise InvalidEvent(f"header {name!r} is set by Stentor or has a parameter of its own")
-    return _value(name, value)
+    return check_value(name, value)
 
 
-def _value(name: str, value: Any) -> Attribute:
+def check_value(name: str, value: Any) -> Attribute:
+    """``value`` if an attribute may have it; raises InvalidEvent."""
     if isinstance(value, int) and not isinstance(value, bool) and not -(2**31) <= value < 2**31:
         raise InvalidEvent(f"attribute {name!r}: {value} is outside the 32 bits of a CloudEvents Integer")
     if isinstance(value, str) and _CONTROL.search(value):
@@ -120,13 +121,13 @@ def from_attributes(found: Mapping[str, Any], data: bytes, topic: str = "") -> M
             raise InvalidEvent(f"attribute {name!r} is missing")
         if not isinstance(value, str) or not value:
             raise InvalidEvent(f"attribute {name!r} must be a non-empty string, not {value!r}")
-        _value(name, value)
+        check_value(name, value)
     check_uri_reference(found["source"], "source")
     for name in ("time", "subject", "datacontenttype", "dataschema", "partitionkey"):
         value = found.get(name)
         if value is not None and (not isinstance(value, str) or not value):
             raise InvalidEvent(f"attribute {name!r} must be a non-empty string, not {value!r}")
-        _value(name, "" if value is None else value)
+        check_value(name, "" if value is None else value)
     if found.get("time") is not None:
         try:
             parse_iso(found["time"])
@@ -141,7 +142,7 @@ def from_attributes(found: Mapping[str, Any], data: bytes, topic: str = "") -> M
             continue
         if not _NAME.fullmatch(name):
             raise InvalidEvent(f"attribute {name!r}: a name has only the letters a-z and digits")
-        extensions[name] = _value(name, value)
+        extensions[name] = check_value(name, value)
     if "schemaversion" in extensions:
         extensions["schemaversion"] = _schema_version(extensions["schemaversion"])
     return Message(

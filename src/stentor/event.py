@@ -14,6 +14,7 @@ import msgspec
 from msgspec import Struct, StructMeta, field
 
 from stentor.clock import Duration, seconds
+from stentor.cloudevents import check_value
 from stentor.errors import DefinitionError, InvalidEvent
 from stentor.message import Attribute
 
@@ -114,7 +115,7 @@ def _codec(cls: type) -> tuple[Callable[[Any], bytes], Callable[[bytes], Any], C
     if hasattr(cls, "model_validate_json"):  # pydantic validates and dumps itself
 
         def encode(event: Any) -> bytes:
-            return bytes(event.model_dump_json().encode())
+            return bytes(event.model_dump_json(warnings=False).encode())
 
         return encode, cls.model_validate_json, cls.model_validate  # type: ignore[attr-defined]
     decoder: list[msgspec.json.Decoder[Any]] = []
@@ -139,7 +140,9 @@ def _compile_key(cls: type, key: KeyOf | None) -> Callable[[Any], str | None]:
 
         def of_field(event: Any, field: str = key) -> str:
             value = getattr(event, field)
-            return value if type(value) is str and 0 < len(value) <= KEY_LIMIT else key_text(value, name, field)
+            if type(value) is str and 0 < len(value) <= KEY_LIMIT and value.isprintable():
+                return value
+            return key_text(value, name, field)
 
         return of_field
     if isinstance(key, tuple) and key and all(isinstance(part, str) for part in key):
@@ -187,7 +190,7 @@ def key_text(value: Any, name: str, field: str) -> str:
         )
     if not 0 < len(value) <= KEY_LIMIT:
         raise InvalidEvent(f"{name}: the key ({field}) has {len(value)} characters; a key has 1 to {KEY_LIMIT}")
-    return str(value)
+    return str(check_value("partitionkey", value))
 
 
 class _Abstract:
@@ -395,12 +398,14 @@ class Outgoing(Struct, frozen=True):
 
 
 def check_finite(value: Any, where: str) -> None:
-    """Refuse NaN and infinities, which JSON cannot carry, anywhere inside plain data."""
+    """Refuse NaN and infinities, which JSON cannot carry, anywhere inside an event or plain data."""
     if isinstance(value, float) and not math.isfinite(value):
         raise InvalidEvent(f"{where}: {value!r} cannot be carried by JSON")
+    for name in field_names(type(value)):
+        check_finite(getattr(value, name), f"{where}.{name}")
     if isinstance(value, Mapping):
         for name, item in value.items():
             check_finite(item, f"{where}.{name}")
-    elif isinstance(value, (list, tuple)):
+    elif isinstance(value, (list, tuple, set, frozenset)):
         for index, item in enumerate(value):
             check_finite(item, f"{where}[{index}]")

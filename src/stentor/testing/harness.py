@@ -20,7 +20,7 @@ from stentor.clock import Duration, seconds
 from stentor.connect import BrokerUrl
 from stentor.context import Context, Dead, Progress, RetryLater, Runtime
 from stentor.errors import DefinitionError, InvalidEvent, Undecodable
-from stentor.event import Named, Outgoing, Topic, spec_of
+from stentor.event import Outgoing, Topic, spec_of
 from stentor.group import Group
 from stentor.message import DeadLetter, Delivery, Message, Partition, Receipt, dead_topic, decode_dead_letter
 from stentor.plan import Route
@@ -130,8 +130,6 @@ class Harness:
         self.broker.faults = self._faults = Faults(self._kill)
         self._overrides = overrides
         self._patience = seconds(patience, "patience")
-        self._driver = App("test", clock=self.clock)
-        self._catalog = Catalog("/test", self.clock)
         self._programs: list[Program] = []
         self._running: AsyncExitStack | None = None
         self._threads = _Threads()
@@ -149,22 +147,15 @@ class Harness:
         loop = asyncio.get_running_loop()
         loop.set_default_executor(self._threads)
         self._sockets = _sockets(loop)
-        self._connection = self._driver.running(broker=self.broker, connect_only=True, clock=self.clock)
-        await self._connection.__aenter__()
-        try:
-            await self.start()
-        except BaseException:
-            await self._connection.__aexit__(None, None, None)
-            raise
+        await self.broker.open()
+        await self.start()
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        try:
-            await self.stop()
-        finally:
-            await self._connection.__aexit__(None, None, None)
+        await self.stop()
+        await self.broker.close()
         if error is not None:
             error.add_note(f"In the harness:\n{self!r}")
             return
@@ -278,14 +269,17 @@ class Harness:
     async def publish(self, event: list[Any] | tuple[Any, ...], /) -> list[Receipt]: ...
     async def publish(self, event: Any, /, **options: Any) -> Any:
         """Publish an event, or a list, as another program would; options as for ``App.publish``."""
-        for item in event if isinstance(event, (list, tuple)) else (event,):
-            inner = item.event if isinstance(item, Outgoing) else item
-            spec = spec_of(type(inner))
-            if spec is not None:
-                await self.broker.declare([spec.topic], [])
-            elif isinstance(inner, Named):
-                await self.broker.declare([Topic(inner.topic)], [])
-        return await self._driver.publish(event, **options)
+        many = isinstance(event, (list, tuple))
+        if many and options:
+            raise InvalidEvent("options apply to one event; wrap the members of a list in Outgoing(event, ...)")
+        messages = []
+        for item in event if many else (event,):
+            # A catalog for each: two programs, of which the test knows both, may have a class each for one type.
+            catalog = Catalog("/test", self.clock)
+            messages.append(catalog.encode(Outgoing(item, **options) if options else item, catalog.stamp()))
+            await self.broker.declare([catalog.topics().get(messages[-1].topic, Topic(messages[-1].topic))], [])
+        receipts = await self.broker.publish(messages)
+        return list(receipts) if many else receipts[0]
 
     async def duplicate(self, event: Any) -> None:
         """Deliver an event again under its id; one that was not published yet is published twice."""
@@ -304,10 +298,11 @@ class Harness:
 
     def published(self, cls: type[E]) -> list[E]:
         """The events of a class that were published so far, by whomever, in order; delayed ones once they are due."""
-        spec = self._catalog.add(cls)
-        kind = {""} if spec.wire == "json" else set(spec.names)
-        messages = [m for m in self.broker.stored if m.type in kind and m.topic == spec.topic.name]
-        return [self._catalog.read(spec, message) for message in messages]
+        catalog = Catalog("/test", self.clock)
+        spec = catalog.add(cls)
+        kinds = {""} if spec.wire == "json" else set(spec.names)
+        messages = [m for m in self.broker.stored if m.type in kinds and m.topic == spec.topic.name]
+        return [catalog.read(spec, message) for message in messages]
 
     @property
     def messages(self) -> list[Message]:
