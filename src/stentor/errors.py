@@ -124,6 +124,7 @@ class PublishUnknown(BrokerError):
         shown = ", ".join(ids[:5]) + (f" and {len(ids) - 5} more" if len(ids) > 5 else "")
         super().__init__(f"no confirmation for {shown}: {why}; publish again with the same ids")
         self.ids = list(ids)
+        self.why = why
 
 
 class UnknownTopic(BrokerError):

@@ -1,7 +1,7 @@
 """The embedded broker: one SQLite file, shared by the processes of one host.
 
-Partitions are 64 hash slots, stored in the event's row; ``seq`` orders all events of the file. A group owns slots through
-``stentor_slot`` (member and epoch), its place in each is the settled prefix and the set done above it. See
+Partitions are 64 hash slots, stored in the event's row; ``seq`` orders all events of the file. A group owns slots by
+``stentor_slot`` (member and epoch); its place in each is the settled prefix and the set done above it. See
 ``sqlite_file.py`` for how the file is written.
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import sqlite3
 import time
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
@@ -20,7 +21,15 @@ from stentor.brokers.sqlite_file import Row, SqliteFile, Tx, alive, host_id
 from stentor.brokers.sqlite_rows import PAGE, SLOTS, encode_head, make_message, offset
 from stentor.clock import Clock, seconds
 from stentor.connect import BrokerUrl
-from stentor.errors import BrokerError, ConfigError, StentorError, UnknownGroup, UnknownTopic
+from stentor.errors import (
+    BrokerError,
+    ConfigError,
+    DefinitionError,
+    PublishUnknown,
+    StentorError,
+    UnknownGroup,
+    UnknownTopic,
+)
 from stentor.event import Topic
 from stentor.message import Message, Receipt
 from stentor.subscription import Slots, Subscription
@@ -29,6 +38,13 @@ SEEN = 7 * 86400.0
 HOUSEKEEPING = 5.0
 STEP = 2000
 """Rows that one housekeeping transaction deletes at most."""
+
+
+def _duration(text: str) -> float:
+    try:
+        return seconds(text)
+    except DefinitionError as error:
+        raise ValueError(str(error)) from None
 
 
 def _flag(text: str) -> str:
@@ -41,14 +57,16 @@ class SqliteBroker:
     """``sqlite:///relative.db`` or ``sqlite:////absolute.db``.
 
     Options: ``synchronous`` ("full", the default: a confirmed event survives a power cut; "normal": it survives the
-    program's crash only), ``lease`` and ``beat`` (seconds; a process that is silent for ``lease`` loses its partitions),
+    program's crash only), ``lease`` and ``beat`` (seconds; a process silent for ``lease`` loses its partitions),
     ``retention`` (a duration: how long settled events are kept, default 7d), ``max_bytes`` (publishers wait when the
     file holds so much; default no limit).
     """
 
     def __init__(self, url: BrokerUrl, clock: Clock) -> None:
         if url.host:
-            raise ConfigError(f"{url}: write sqlite:///relative.db or sqlite:////absolute/path.db (three or four slashes)")
+            raise ConfigError(
+                f"{url}: write sqlite:///relative.db or sqlite:////absolute/path.db (three or four slashes)"
+            )
         name = url.path[1:]
         if not name:
             raise ConfigError(f"{url}: names no file; write sqlite:///stentor.db")
@@ -58,11 +76,11 @@ class SqliteBroker:
         synchronous = url.option("synchronous", "full", _flag)
         self.lease = url.option("lease", 10.0, float)
         beat = url.option("beat", 2.5, float)
-        self._retention = seconds(url.option("retention", "7d"), f"{url}: retention")
+        self._retention = url.option("retention", 7 * 86400.0, _duration)
         self._limit = url.option("max_bytes", 0, int)
         self.features = Features(
-            name="sqlite", durable="host" if synchronous == "full" else "process", shared=True, atomic=True, dedupe=True,
-            replay=True, cancel=True, browse=True,
+            name="sqlite", durable="host" if synchronous == "full" else "process", shared=True, atomic=True,
+            dedupe=True, replay=True, cancel=True, browse=True,
         )  # fmt: skip
         self.file = SqliteFile(self.path, synchronous=synchronous, beat=beat)
         self._topics: dict[str, int] = {}
@@ -76,6 +94,8 @@ class SqliteBroker:
         self._waiting: list[asyncio.Future[None]] = []
         self._version = 0
         self._full = False
+        self._doubted: set[str] = set()
+        """Ids of events whose commit failed in a way that leaves open whether it happened."""
         self._last_housekeeping = 0.0
 
     def __str__(self) -> str:
@@ -135,10 +155,10 @@ class SqliteBroker:
                 if due is not None:
                     wait = min(wait, max(0.0, due - self._clock.now()))
                     if wait == 0.0:
-                        now = self._clock.now()
-                        await self.file.submit(lambda tx: self._fall_due(tx, now))
+                        await self.file.submit(self._fall_due)
                         self._wake()
-                if self._clock.monotonic() - self._last_housekeeping > HOUSEKEEPING:
+                crowded = self._limit and self._over_limit(self.file.reader)
+                if crowded or self._full or self._clock.monotonic() - self._last_housekeeping > HOUSEKEEPING:
                     self._last_housekeeping = self._clock.monotonic()
                     await self._keep_house()
                 await self._clock.sleep(wait)
@@ -184,7 +204,9 @@ class SqliteBroker:
             "ON CONFLICT (name) DO UPDATE SET app = excluded.app, single = excluded.single, touched = excluded.touched",
             (self._prefix + subscription.name, subscription.app, subscription.single, expires, tx.now),
         )
-        (group,) = db.execute("SELECT id FROM stentor_group WHERE name = ?", (self._prefix + subscription.name,)).fetchone()
+        (group,) = db.execute(
+            "SELECT id FROM stentor_group WHERE name = ?", (self._prefix + subscription.name,)
+        ).fetchone()
         db.executemany(
             "INSERT OR IGNORE INTO stentor_slot (grp, slot) VALUES (?, ?)", [(group, slot) for slot in range(SLOTS)]
         )
@@ -215,7 +237,9 @@ class SqliteBroker:
         """The number of a declared topic. Raises UnknownTopic."""
         number = self._topics.get(name)
         if number is None:
-            found = self.file.reader.execute("SELECT id FROM stentor_topic WHERE name = ?", (self._prefix + name,)).fetchone()
+            found = self.file.reader.execute(
+                "SELECT id FROM stentor_topic WHERE name = ?", (self._prefix + name,)
+            ).fetchone()
             if found is None:
                 raise UnknownTopic(f"topic {name!r} was never declared in {self.path}")
             number = self._topics[name] = int(found[0])
@@ -233,15 +257,18 @@ class SqliteBroker:
         now = self._clock.now()
         while self._full:
             await self._clock.sleep(0.05)
-        if len(messages) == 1:
-            (message,) = messages
-            if message.fresh and message.due <= now:
-                position = await self.file.append(self.row(message, now))
-                if self._waiting:
-                    self._stored()
-                return (Receipt(message.id, message.topic, position),)
-        rows = [self.row(message, now) for message in messages]
-        positions = await self.file.submit(lambda tx: self.store(tx, messages, rows, now))
+        try:
+            if len(messages) == 1:
+                (message,) = messages
+                if message.fresh and message.due <= now:
+                    position = await self.file.append(self.row(message, now))
+                    if self._waiting:
+                        self._stored()
+                    return (Receipt(message.id, message.topic, position),)
+            rows = [self.row(message, now) for message in messages]
+            positions = await self.file.submit(lambda tx: self.store(tx, messages, rows, now))
+        except PublishUnknown as error:
+            raise self.doubt(messages, error) from None
         self._stored()
         return [
             Receipt(message.id, message.topic, position if position > 0 else None, position == -1)
@@ -255,21 +282,41 @@ class SqliteBroker:
             if not future.done():
                 future.set_result(None)
 
+    def doubt(self, messages: Sequence[Message], error: PublishUnknown) -> PublishUnknown:
+        """The commit of these failed, and yet it may be there: a repetition must look for them."""
+        self._doubted.update(message.id for message in messages)
+        for message in messages:
+            message.fresh = False
+        return PublishUnknown([message.id for message in messages], error.why)
+
+    def _found(self, tx: Tx, message: Message) -> bool:
+        """Whether a message of a doubted commit is there after all."""
+        self._doubted.discard(message.id)
+        tx.flush()
+        return any(
+            tx.db.execute(
+                f"SELECT 1 FROM {table} WHERE id = ? AND topic = ?", (message.id, self.topic_id(message.topic))
+            ).fetchone()
+            for table in ("stentor_event", "stentor_delayed")
+        )
+
     def store(self, tx: Tx, messages: Sequence[Message], rows: Sequence[Row], now: float) -> list[int]:
         """Write messages in a transaction; positions, 0 for delayed ones, -1 for duplicates."""
         positions = []
         for message, row in zip(messages, rows, strict=True):
             if not message.fresh:
                 found = tx.db.execute(
-                    "INSERT OR IGNORE INTO stentor_seen (id, ts) VALUES (?, ?)", (f"{message.source}\0{message.id}", now)
+                    "INSERT OR IGNORE INTO stentor_seen (id, ts) VALUES (?, ?)",
+                    (f"{message.source}\0{message.id}", now),
                 )
-                if found.rowcount == 0:
+                if found.rowcount == 0 or (message.id in self._doubted and self._found(tx, message)):
                     positions.append(-1)
                     continue
             if message.due > now:
                 topic, slot, id, key, type, _, head, body = row
                 tx.db.execute(
-                    "INSERT INTO stentor_delayed (due, topic, slot, id, key, type, head, body) VALUES (?,?,?,?,?,?,?,?)",
+                    "INSERT INTO stentor_delayed (due, topic, slot, id, key, type, head, body) "
+                    "VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
                     (message.due, topic, slot, id, key, type, head, body),
                 )
                 tx.told = True
@@ -278,9 +325,11 @@ class SqliteBroker:
                 positions.append(tx.append(row))
         return positions
 
-    def _fall_due(self, tx: Tx, now: float) -> None:
+    def _fall_due(self, tx: Tx) -> None:
+        now = self._clock.now()
         rows = tx.db.execute(
-            "SELECT n, topic, slot, id, key, type, head, body FROM stentor_delayed WHERE due <= ? ORDER BY due, n LIMIT 500",
+            "SELECT n, topic, slot, id, key, type, head, body FROM stentor_delayed WHERE due <= ? "
+            "ORDER BY due, n LIMIT 500",
             (now,),
         ).fetchall()
         for _, topic, slot, id, key, type, head, body in rows:
@@ -314,9 +363,7 @@ class SqliteBroker:
             )
             self._worker = int(found.lastrowid or 0)
         for consumer in consumers:
-            found = db.execute(
-                "INSERT INTO stentor_member (grp, worker) VALUES (?, ?)", (consumer.group, self._worker)
-            )
+            found = db.execute("INSERT INTO stentor_member (grp, worker) VALUES (?, ?)", (consumer.group, self._worker))
             consumer.member = int(found.lastrowid or 0)
         tx.regrouped = True
 
@@ -364,7 +411,9 @@ class SqliteBroker:
             "WHERE m.grp = ? ORDER BY m.id",
             (consumer.group,),
         ).fetchall()
-        slots = db.execute("SELECT member, epoch FROM stentor_slot WHERE grp = ? ORDER BY slot", (consumer.group,)).fetchall()
+        slots = db.execute(
+            "SELECT member, epoch FROM stentor_slot WHERE grp = ? ORDER BY slot", (consumer.group,)
+        ).fetchall()
         dead = any(self.is_dead(lease, host, pid, now) for _, lease, host, pid in members)
         state = (tuple(row[0] for row in members), tuple(slots))
         if not dead and state == consumer.balanced:
@@ -395,26 +444,27 @@ class SqliteBroker:
             found = db.execute("SELECT value FROM stentor_meta WHERE name = 'cleaned'").fetchone()
             mono = time.monotonic()
             if found is not None and 0 <= mono - found[0] < HOUSEKEEPING * 0.8 and not self._full:
-                return self._over_limit(tx)
+                return self._over_limit(db)
             db.execute("INSERT OR REPLACE INTO stentor_meta VALUES ('cleaned', ?)", (mono,))
             db.execute(
-                "DELETE FROM stentor_seen WHERE id IN (SELECT id FROM stentor_seen WHERE ts < ? LIMIT ?)", (now - SEEN, STEP)
+                "DELETE FROM stentor_seen WHERE id IN (SELECT id FROM stentor_seen WHERE ts < ? LIMIT ?)",
+                (now - SEEN, STEP),
             )
-            for group, name in db.execute(
-                "SELECT id, name FROM stentor_group WHERE expires > 0 AND touched + expires < ?", (now,)
+            for (group,) in db.execute(
+                "SELECT id FROM stentor_group WHERE expires > 0 AND touched + expires < ?", (now,)
             ).fetchall():
-                self.forget_group(tx, group, name)
+                self.forget_group(tx, group)
             self._trim(tx, now)
-            return self._over_limit(tx)
+            return self._over_limit(db)
 
-        full = await self.file.submit(clean)
-        if full != self._full:
-            self._full = full
+        self._full = await self.file.submit(clean)
 
-    def _over_limit(self, tx: Tx) -> bool:
+    def _over_limit(self, db: sqlite3.Connection) -> bool:
         if not self._limit:
             return False
-        size, free, pages = (tx.db.execute(f"PRAGMA {name}").fetchone()[0] for name in ("page_size", "freelist_count", "page_count"))
+        size, free, pages = (
+            db.execute(f"PRAGMA {name}").fetchone()[0] for name in ("page_size", "freelist_count", "page_count")
+        )
         return bool((pages - free) * size > self._limit)
 
     def _trim(self, tx: Tx, now: float) -> None:
@@ -422,7 +472,7 @@ class SqliteBroker:
         for topic, name, retention in db.execute("SELECT id, name, retention FROM stentor_topic").fetchall():
             if "stentor.dead." in name:
                 continue  # dead letters stay until an operator drops them
-            age = 0.0 if self._over_limit(tx) else self._retention if retention is None else retention
+            age = 0.0 if self._over_limit(db) else self._retention if retention is None else retention
             (low,) = db.execute("SELECT min(prefix) FROM stentor_place WHERE topic = ?", (topic,)).fetchone()
             low = tx.last + 1 if low is None else low
             db.execute(
@@ -431,7 +481,7 @@ class SqliteBroker:
                 (topic, low, now - age, STEP),
             )
 
-    def forget_group(self, tx: Tx, group: int, name: str) -> None:
+    def forget_group(self, tx: Tx, group: int) -> None:
         """Remove all that is kept of a group; its dead letters stay."""
         for table in ("reads", "place", "slot", "member", "journal"):
             tx.db.execute(f"DELETE FROM stentor_{table} WHERE grp = ?", (group,))
@@ -445,7 +495,8 @@ class SqliteBroker:
         position = await self.file.query(lambda db: offset(db, number, start))
         while True:
             rows = self.file.reader.execute(
-                "SELECT seq, id, key, type, head, body FROM stentor_event WHERE topic = ? AND seq >= ? ORDER BY seq LIMIT ?",
+                "SELECT seq, id, key, type, head, body FROM stentor_event WHERE topic = ? AND seq >= ? "
+                "ORDER BY seq LIMIT ?",
                 (number, position, PAGE),
             ).fetchall()
             for seq, id, key, type, head, body in rows:

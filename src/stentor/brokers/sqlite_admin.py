@@ -56,7 +56,9 @@ class SqliteAdmin:
                         (number,),
                     ).fetchall()
                     found.append(
-                        GroupInfo(self._name(name), app, tuple(self._name(t) for (t,) in topics), self._living(db, number))
+                        GroupInfo(
+                            self._name(name), app, tuple(self._name(t) for (t,) in topics), self._living(db, number)
+                        )
                     )
             return found
 
@@ -83,15 +85,7 @@ class SqliteAdmin:
             for group, name, topic, home in rows:
                 if not self._ours(name):
                     continue
-                (low,) = db.execute(
-                    "SELECT min(prefix) FROM stentor_place WHERE grp = ? AND topic = ?", (group, topic)
-                ).fetchone()
-                waiting, oldest = db.execute(
-                    "SELECT count(*), min(e.ts) FROM stentor_event e JOIN stentor_place p "
-                    "ON p.grp = ? AND p.topic = e.topic AND p.slot = e.slot "
-                    "WHERE e.topic = ? AND e.seq >= ? AND e.seq >= p.prefix",
-                    (group, topic, low or 0),
-                ).fetchone()
+                waiting, oldest = self._waiting(db, group, topic)
                 done = sum(self._done(db, group, topic))
                 (parked,) = db.execute(
                     "SELECT count(*) FROM stentor_journal WHERE grp = ? AND topic = ? AND name >= 'q/' AND name < 'q0'",
@@ -105,6 +99,35 @@ class SqliteAdmin:
         return await self._broker.file.query(ask)
 
     @staticmethod
+    def _waiting(db: sqlite3.Connection, group: int, topic: int) -> tuple[int, float | None]:
+        """Events at or above the places of a group, and when the first of them was stored.
+
+        Only between the lowest and the highest place must each event be compared with that of its slot; above, the
+        index alone is counted.
+        """
+        low, high = db.execute(
+            "SELECT min(prefix), max(prefix) FROM stentor_place WHERE grp = ? AND topic = ?", (group, topic)
+        ).fetchone()
+        if low is None:
+            return 0, None
+        between = (
+            "FROM stentor_event e JOIN stentor_place p ON p.grp = ? AND p.topic = e.topic AND p.slot = e.slot "
+            "WHERE e.topic = ? AND e.seq >= ? AND e.seq < ? AND e.seq >= p.prefix"
+        )
+        scope = (group, topic, low, high)
+        (mixed,) = db.execute(f"SELECT count(*) {between}", scope).fetchone()
+        (above,) = db.execute(
+            "SELECT count(*) FROM stentor_event WHERE topic = ? AND seq >= ?", (topic, high)
+        ).fetchone()
+        first = (
+            db.execute(f"SELECT e.ts {between} ORDER BY e.seq LIMIT 1", scope).fetchone()
+            or db.execute(
+                "SELECT ts FROM stentor_event WHERE topic = ? AND seq >= ? ORDER BY seq LIMIT 1", (topic, high)
+            ).fetchone()
+        )
+        return mixed + above, first[0] if first else None
+
+    @staticmethod
     def _done(db: sqlite3.Connection, group: int, topic: int) -> list[int]:
         rows = db.execute(
             "SELECT prefix, done FROM stentor_place WHERE grp = ? AND topic = ? AND done != x''", (group, topic)
@@ -116,7 +139,9 @@ class SqliteAdmin:
     def _group(self, db: sqlite3.Connection, name: str) -> int:
         found = db.execute("SELECT id FROM stentor_group WHERE name = ?", (self._prefix + name,)).fetchone()
         if found is None:
-            known = [self._name(n) for (n,) in db.execute("SELECT name FROM stentor_group ORDER BY name") if self._ours(n)]
+            known = [
+                self._name(n) for (n,) in db.execute("SELECT name FROM stentor_group ORDER BY name") if self._ours(n)
+            ]
             raise UnknownGroup(f"no group {name!r}; there are {', '.join(known) or 'none'}")
         return int(found[0])
 
@@ -127,10 +152,13 @@ class SqliteAdmin:
                 raise BrokerError(f"group {new!r} exists already")
             tx.db.execute("UPDATE stentor_group SET name = ? WHERE id = ?", (self._prefix + new, group))
             for home in (dead_topic, _timer_topic, _source_topic):
-                taken = tx.db.execute("SELECT id FROM stentor_topic WHERE name = ?", (self._prefix + home(new),)).fetchone()
+                taken = tx.db.execute(
+                    "SELECT id FROM stentor_topic WHERE name = ?", (self._prefix + home(new),)
+                ).fetchone()
                 if taken is None:
                     tx.db.execute(
-                        "UPDATE stentor_topic SET name = ? WHERE name = ?", (self._prefix + home(new), self._prefix + home(old))
+                        "UPDATE stentor_topic SET name = ? WHERE name = ?",
+                        (self._prefix + home(new), self._prefix + home(old)),
                     )
             self._broker._load_topics(tx)
 
@@ -142,7 +170,7 @@ class SqliteAdmin:
             members = self._living(tx.db, group)
             if members:
                 raise BrokerError(f"group {name!r} has {members} running members; stop them first")
-            self._broker.forget_group(tx, group, name)
+            self._broker.forget_group(tx, group)
 
         await self._broker.file.submit(drop)
 
@@ -174,7 +202,8 @@ class SqliteAdmin:
                     (replay, max(reached, position), number, topic),
                 )
                 db.execute(
-                    "UPDATE stentor_place SET prefix = ?, done = x'' WHERE grp = ? AND topic = ?", (position, number, topic)
+                    "UPDATE stentor_place SET prefix = ?, done = x'' WHERE grp = ? AND topic = ?",
+                    (position, number, topic),
                 )
                 self._clear(db, number, topic, position)
                 count += db.execute(
@@ -191,7 +220,7 @@ class SqliteAdmin:
 
     @staticmethod
     def _clear(db: sqlite3.Connection, group: int, topic: int, position: int) -> None:
-        """Forget parked events, attempts and progress from a position on, and holds of keys with nothing parked left."""
+        """Forget parked events, attempts and progress from a position on, and holds of keys with nothing parked."""
         where = "grp = ? AND topic = ?"
         for prefix in ("q/", "a/", "p/"):
             db.execute(
@@ -199,12 +228,15 @@ class SqliteAdmin:
                 (group, topic, f"{prefix}{position:020d}", f"{prefix[0]}0"),
             )
         rows = db.execute(
-            f"SELECT slot, name FROM stentor_journal WHERE {where} AND (name GLOB 'k/*' OR name GLOB 'q/*')", (group, topic)
+            f"SELECT slot, name FROM stentor_journal WHERE {where} AND (name GLOB 'k/*' OR name GLOB 'q/*')",
+            (group, topic),
         ).fetchall()
         parked = {(slot, name[2:].partition("/")[2]) for slot, name in rows if name[0] == "q"}
         for slot, name in rows:
             if name[0] == "k" and (slot, name[2:]) not in parked:
-                db.execute(f"DELETE FROM stentor_journal WHERE {where} AND slot = ? AND name = ?", (group, topic, slot, name))
+                db.execute(
+                    f"DELETE FROM stentor_journal WHERE {where} AND slot = ? AND name = ?", (group, topic, slot, name)
+                )
 
     async def cancel(self, id: str) -> bool:
         return await self._broker.file.submit(

@@ -11,7 +11,7 @@ from stentor.broker import Owner
 from stentor.brokers.log import Track, quota
 from stentor.brokers.sqlite_file import Row, Tx
 from stentor.brokers.sqlite_rows import PAGE, SLOTS, decode_done, encode_done, make_message
-from stentor.errors import LeaseLost, StentorError
+from stentor.errors import LeaseLost, PublishUnknown, StentorError
 from stentor.message import Delivery, Failure, Mark, Outcome, Partition, Settlement
 from stentor.subscription import Subscription
 
@@ -57,17 +57,20 @@ class SqliteConsumer:
         db, group = tx.db, self.group
         now = time.monotonic()
         members = db.execute(
-            "SELECT m.id, w.id, w.lease, w.host, w.pid FROM stentor_member m LEFT JOIN stentor_worker w ON w.id = m.worker "
-            "WHERE m.grp = ?",
+            "SELECT m.id, w.id, w.lease, w.host, w.pid FROM stentor_member m "
+            "LEFT JOIN stentor_worker w ON w.id = m.worker WHERE m.grp = ?",
             (group,),
         ).fetchall()
         living = []
         for member, worker, lease, host, pid in members:
             if member != self.member and self.broker.is_dead(lease, host, pid, now):
-                db.execute("UPDATE stentor_slot SET member = NULL, clean = 0 WHERE grp = ? AND member = ?", (group, member))
+                db.execute(
+                    "UPDATE stentor_slot SET member = NULL, clean = 0 WHERE grp = ? AND member = ?", (group, member)
+                )
                 db.execute("DELETE FROM stentor_member WHERE id = ?", (member,))
                 db.execute(
-                    "DELETE FROM stentor_worker WHERE id = ? AND id NOT IN (SELECT worker FROM stentor_member)", (worker,)
+                    "DELETE FROM stentor_worker WHERE id = ? AND id NOT IN (SELECT worker FROM stentor_member)",
+                    (worker,),
                 )
                 tx.regrouped = True
             else:
@@ -139,7 +142,8 @@ class SqliteConsumer:
             }
             tx.many("INSERT OR REPLACE", "stentor_place", _PLACE, [row for row in places if row[2] in owned])
             tx.db.executemany(
-                "UPDATE stentor_slot SET member = NULL, clean = 1 WHERE grp = ? AND slot = ? AND member = ? AND epoch = ?",
+                "UPDATE stentor_slot SET member = NULL, clean = 1 "
+                "WHERE grp = ? AND slot = ? AND member = ? AND epoch = ?",
                 epochs,
             )
             tx.regrouped = True
@@ -259,7 +263,9 @@ class SqliteConsumer:
             places = self._moved()
             try:
                 lost = await self.broker.file.submit(self._settling(written, places, self._expected, now))
-            except BaseException:
+            except BaseException as error:
+                if isinstance(error, PublishUnknown):
+                    self.broker.doubt([m for s, _ in written for m in s.outputs], error)
                 for _, number, slot, _, _ in places:
                     self._unwritten(number, slot)
                 raise
@@ -267,7 +273,9 @@ class SqliteConsumer:
                 partitions = [p for p in self.partitions() if p.index in lost]
                 self.lose(partitions)
                 failures += [
-                    Failure(s, LeaseLost(f"{s.partition!r} was taken over")) for s, _ in accepted if s.partition.index in lost
+                    Failure(s, LeaseLost(f"{s.partition!r} was taken over"))
+                    for s, _ in accepted
+                    if s.partition.index in lost
                 ]
             elif any(rows for _, rows in written):
                 self.broker._stored()
@@ -304,13 +312,14 @@ class SqliteConsumer:
             group = self.group
             tx.many(
                 "INSERT OR REPLACE", "stentor_journal", _JOURNAL,
-                [(group, number, slot, name, value) for (number, slot, name), value in keep.items() if value is not None],
+                [(group, *place, value) for place, value in keep.items() if value is not None],
             )  # fmt: skip
             gone = [(group, number, slot, name) for (number, slot, name), value in keep.items() if value is None]
             for start in range(0, len(gone), 100):
                 part = gone[start : start + 100]
+                marks = ",".join(["(?, ?, ?, ?)"] * len(part))
                 tx.db.execute(
-                    f"DELETE FROM stentor_journal WHERE (grp, topic, slot, name) IN (VALUES {','.join(['(?,?,?,?)'] * len(part))})",
+                    f"DELETE FROM stentor_journal WHERE (grp, topic, slot, name) IN (VALUES {marks})",
                     [value for row in part for value in row],
                 )
             tx.many("INSERT OR REPLACE", "stentor_place", _PLACE, [row for row in places if row[2] not in lost])
@@ -327,13 +336,16 @@ class SqliteConsumer:
         ).fetchone()
         if (owned or "") == expected:
             return set()
-        return {int(part.partition(":")[0]) for part in set(expected.split(",")) - set((owned or "").split(",")) if part}
+        return {
+            int(part.partition(":")[0]) for part in set(expected.split(",")) - set((owned or "").split(",")) if part
+        }
 
     # ---- the journal ----------------------------------------------------------------------------------------------
 
     async def names(self, partition: Partition) -> list[str]:
         rows = self.broker.file.reader.execute(
-            "SELECT name FROM stentor_journal WHERE grp = ? AND topic = ? AND slot = ? AND NOT name GLOB 'm/*' ORDER BY name",
+            "SELECT name FROM stentor_journal WHERE grp = ? AND topic = ? AND slot = ? AND NOT name GLOB 'm/*' "
+            "ORDER BY name",
             (self.group, self._topics[partition.topic], partition.index),
         ).fetchall()
         return [name for (name,) in rows]
@@ -356,7 +368,8 @@ class SqliteConsumer:
         for name, number in self._topics.items():
             for slot, mark, value in self.broker.file.reader.execute(
                 "SELECT j.slot, j.name, j.value FROM stentor_slot s JOIN stentor_journal j ON j.grp = s.grp "
-                "AND j.topic = ? AND j.slot = s.slot AND j.name >= 'm/' AND j.name < 'm0' WHERE s.grp = ? AND s.member = ?",
+                "AND j.topic = ? AND j.slot = s.slot AND j.name >= 'm/' AND j.name < 'm0' "
+                "WHERE s.grp = ? AND s.member = ?",
                 (number, self.group, self.member),
             ).fetchall():
                 track = self._tracks[name][slot]

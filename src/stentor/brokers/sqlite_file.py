@@ -159,7 +159,7 @@ def host_id() -> str:
     """This boot of this machine, and the process namespace: where pids and the monotonic clock mean the same."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        return f"{boot}/{os.readlink('/proc/self/ns/pid')}"
+        return f"{boot}/{Path('/proc/self/ns/pid').readlink()}"
     except OSError:
         return f"{socket.gethostname()}/{int(time.time() - time.monotonic()) // 60}"
 
@@ -224,7 +224,9 @@ class SqliteFile:
     def open(self) -> None:
         """Open or create the file. Raises StorageUnusable, StorageFull or Unavailable."""
         if sqlite3.sqlite_version_info < LEAST:
-            raise StorageUnusable(f"SQLite {sqlite3.sqlite_version} is too old; Stentor needs {'.'.join(map(str, LEAST))}")
+            raise StorageUnusable(
+                f"SQLite {sqlite3.sqlite_version} is too old; Stentor needs {'.'.join(map(str, LEAST))}"
+            )
         try:
             self._lock_fd = os.open(f"{self.path}-lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         except OSError as error:
@@ -287,7 +289,7 @@ class SqliteFile:
             self.address = f"@{name}"  # an abstract name: nothing to clean up after a kill
             self._socket.bind(f"\0{name}")
         else:
-            self.address = os.path.join(tempfile.gettempdir(), name)
+            self.address = str(Path(tempfile.gettempdir()) / name)
             self._socket.bind(self.address)
         self.loop.add_reader(self._socket, self._hear)
 
@@ -438,7 +440,7 @@ class SqliteFile:
             return
         self._checked = now
         try:
-            size = os.stat(f"{self.path}-wal").st_size
+            size = Path(f"{self.path}-wal").stat().st_size
         except OSError:
             return
         if size > CHECKPOINT:
@@ -479,7 +481,7 @@ class SqliteFile:
             self._socket.close()
             self._socket = None
             if self.address[0] != "@":
-                Path(self.address).unlink(missing_ok=True)
+                os.unlink(self.address)  # noqa: PTH108 - quick, and at the very end
         self.reader.close()
         self._writer.close()
         os.close(self._lock_fd)

@@ -67,7 +67,9 @@ def offset(db: Any, topic: int, start: Start) -> int:
         return 1
     if start == "latest":
         (last,) = db.execute("SELECT coalesce(max(seq), 0) FROM stentor_event").fetchone()
-        (given,) = db.execute("SELECT coalesce(max(seq), 0) FROM sqlite_sequence WHERE name = 'stentor_event'").fetchone()
+        (given,) = db.execute(
+            "SELECT coalesce(max(seq), 0) FROM sqlite_sequence WHERE name = 'stentor_event'"
+        ).fetchone()
         return int(max(last, given)) + 1
     if isinstance(start, datetime):
         found = db.execute(
