@@ -28,7 +28,7 @@ Value = str | int | bool
 ErrorKind = Literal["cast", "functionEvaluation", "generic", "math", "missingAttribute", "missingFunction"]
 """The evaluation errors of spec 3.3, under the names that the TCK gives them."""
 
-MAX_DEPTH = 100
+MAX_DEPTH = 64
 """How deep an expression may nest; AND, OR and XOR chain without limit."""
 
 _Run = Callable[[Mapping[str, object]], Any]
@@ -181,9 +181,9 @@ def _primitive(name: str, value: object) -> Value:
         return str.__str__(value)  # of a member of a str Enum: its text, not its name
     if isinstance(value, bytes):
         return base64.b64encode(value).decode()
-    if isinstance(value, datetime):
-        return value.isoformat().replace("+00:00", "Z")
     try:
+        if isinstance(value, datetime):
+            return re.sub(r"\+00:00\Z", "Z", value.isoformat())
         return str(value)
     except Exception as error:  # a foreign __str__ may raise anything, and evaluating is total
         raise EvaluationError("generic", f"attribute {name!r} cannot be read as a String: {error}") from None
