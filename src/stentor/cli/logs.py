@@ -65,3 +65,4 @@ def set_up(level: str, *, as_json: bool, worker: int | None = None) -> None:
     colour = sys.stderr.isatty() and click.get_current_context().color is not False
     handler.setFormatter(_Json(worker) if as_json else _Lines(worker, colour=colour))
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
+    logging.getLogger("uvicorn").setLevel(max(logging.WARNING, logging.getLogger().level))  # its start is told here
