@@ -160,9 +160,18 @@ def _is_json(content: str | None) -> bool:
     return media.endswith(("/json", "+json"))
 
 
+def _holds_json(data: bytes) -> bool:
+    """False for bytes that only claim to be JSON; as Base64 they travel as they are."""
+    try:
+        msgspec.json.decode(data.decode())
+    except ValueError:
+        return False
+    return True
+
+
 def _as_object(message: Message, delivery: Delivery | None) -> dict[str, Any]:
     body: dict[str, Any] = dict(attributes(message, delivery))
-    if _is_json(message.datacontenttype) and message.data:
+    if _is_json(message.datacontenttype) and _holds_json(message.data):
         body["data"] = msgspec.Raw(message.data)
     elif message.data:
         body["data_base64"] = base64.b64encode(message.data).decode()
