@@ -100,9 +100,13 @@ def _filter(where: Any, name: str) -> tuple[Callable[[Any], bool] | None, Callab
         return None, None
     if isinstance(where, str):
         try:
-            return None, parse_sql(where).matches
+            expression = parse_sql(where)
         except ValueError as error:
-            raise DefinitionError(f"{name}: where is no CloudEvents SQL: {error}") from None
+            raise DefinitionError(f"{name}: where: {error}") from None
+        if expression.missing_functions:
+            missing = ", ".join(expression.missing_functions)
+            raise DefinitionError(f"{name}: where={where!r} calls {missing}, which CloudEvents SQL does not have")
+        return None, expression.matches
     if callable(where):
         return where, None
     raise DefinitionError(f"{name}: where must be a predicate or a CloudEvents SQL text, not {where!r}")
