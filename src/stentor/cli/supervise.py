@@ -166,7 +166,9 @@ class Supervisor:
             command.append("--new-groups")
         if given.http and index == 1:
             command += ["--http", given.http]
-        return [*command, "--supervised", str(link), "--worker", str(index)]
+        if self._count > 1:
+            command += ["--worker", str(index)]
+        return [*command, "--supervised", str(link)]
 
     # ---- reload ---------------------------------------------------------------------------------------------------
 

@@ -44,6 +44,6 @@ def _files(folder: str) -> Iterator[tuple[str, int]]:
                 yield from _files(entry.path)
         elif entry.name.endswith(".py"):
             try:
-                yield os.path.relpath(entry.path, folder), entry.stat().st_mtime_ns
+                yield entry.path.removeprefix("./"), entry.stat().st_mtime_ns
             except OSError:
                 continue
