@@ -92,10 +92,7 @@ def list_(status: tuple[str, ...], limit: int, url: str | None, as_json: bool, *
             click.echo(click.style(f"  and {count - len(entries):,} more (--limit, or --json for all)", dim=True))
         click.echo()
     total = sum(count for count, _ in found.values())
-    click.echo(
-        f"{plural(total, 'dead letter')}. Look at one: stentor dead show ID. Run again: stentor dead redrive ID, or by "
-        "filter, or --all."
-    )
+    click.echo(f"{plural(total, 'dead letter')}. Next: stentor dead show ID, stentor dead redrive ID|--all")
 
 
 def _shown(entry: Entry) -> str:
@@ -269,7 +266,8 @@ async def _carry_out(
         total = sum(counts.values())
         if total and not dry_run:
             if not ids:
-                where = ", ".join(f"{group} ({count:,})" for group, count in counts.items())
+                each = (f"{group} ({count:,})" for group, count in counts.items())
+                where = ", ".join(each if len(counts) > 1 else counts)
                 again = "Run again" if wish == "redrive" else "Give up for good"
                 confirm(f"{again} {plural(total, 'dead letter')} of {where}?", yes)
             with progress(f"{wish[:-1]}ing" if wish == "redrive" else "dropping", total) as advance:

@@ -17,10 +17,10 @@ from msgspec import Struct
 
 from stentor import __version__
 from stentor.broker import Broker
-from stentor.cli.exits import FAILED
+from stentor.cli.exits import FAILED, fold
 from stentor.cli.load import load_app
 from stentor.cli.options import broker_option, json_option
-from stentor.cli.output import print_json, size, span
+from stentor.cli.output import is_terminal, print_json, size, span
 from stentor.cli.session import database, describe, survival
 from stentor.connect import BrokerUrl, broker_url, connect
 from stentor.errors import StentorError
@@ -65,9 +65,13 @@ def doctor(ctx: click.Context, target: str | None, url: str | None, as_json: boo
             print_json(finding)
             continue
         mark, colour = MARKS[finding.verdict]
-        click.echo(f"{click.style(mark, fg=colour, bold=True)} {finding.check.ljust(width)}  {finding.found}")
-        if finding.advice:
-            click.echo(click.style(f"{'':{width + 4}}{finding.advice}", fg=colour))
+        edge = width + 4
+        found, advice = (
+            (fold(text, edge, edge) if is_terminal() else text) for text in (finding.found, finding.advice)
+        )
+        click.echo(f"{click.style(mark, fg=colour, bold=True)} {finding.check.ljust(width)}  {found}")
+        if advice:
+            click.echo(click.style(f"{'':{edge}}{advice}", fg=colour))
     ctx.exit(worst)
 
 

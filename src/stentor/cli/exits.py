@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
+import sys
+import textwrap
+
 import click
 
 from stentor.errors import BrokerError, DefinitionError, StentorError, UnknownGroup, UnknownTopic, Unsupported
@@ -44,9 +48,27 @@ def exit_code(error: BaseException) -> int:
 
 def complain(text: object) -> None:
     """One line on standard error that says what is wrong."""
-    click.echo(click.style("error:", fg="red", bold=True) + f" {text}", err=True)
+    _say("error:", "red", str(text))
 
 
 def advise(text: str) -> None:
     """One line on standard error that is no failure."""
-    click.echo(click.style("note:", fg="yellow", bold=True) + f" {text}", err=True)
+    _say("note:", "yellow", text)
+
+
+def _say(label: str, colour: str, text: str) -> None:
+    text = fold(text, len(label) + 1, 2) if sys.stderr.isatty() else text
+    click.echo(f"{click.style(label, fg=colour, bold=True)} {text}", err=True)
+
+
+def fold(text: str, first: int, rest: int) -> str:
+    """A text in lines of whole words as wide as the terminal; room for an indent is left in the first, the others have it.
+
+    For a terminal only: elsewhere a line stays one, so that it can be searched for.
+    """
+    width = max(shutil.get_terminal_size().columns, 40)
+    lines = textwrap.fill(
+        text, width, initial_indent=" " * first, subsequent_indent=" " * rest, break_long_words=False,
+        break_on_hyphens=False,
+    )  # fmt: skip
+    return lines[first:]

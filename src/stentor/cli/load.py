@@ -47,7 +47,7 @@ def load_app(target: str) -> App:
             raise CannotLoad(f"{name} has no {attribute!r}; it has {_listed(name, apps)}")
         found = getattr(found, part)
     if not isinstance(found, App):
-        kind = type(found).__name__
+        kind = "class" if isinstance(found, type) else type(found).__name__
         raise CannotLoad(f"{target} is a {kind}, not a stentor App; {name} has {_listed(name, apps)}")
     return found
 

@@ -36,7 +36,7 @@ def console(*, err: bool = False) -> Console:
     from rich.console import Console
 
     stream = sys.stderr if err else sys.stdout
-    return Console(file=stream, highlight=False, soft_wrap=not stream.isatty())
+    return Console(file=stream, highlight=False, width=None if stream.isatty() else 10_000)
 
 
 def make_table(columns: Sequence[str], rows: Iterable[Row]) -> Table:
@@ -48,7 +48,6 @@ def make_table(columns: Sequence[str], rows: Iterable[Row]) -> Table:
     from rich.text import Text
 
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
-    wide = not is_terminal()
     for column in columns:
         table.add_column(
             column.lstrip(">~"),
@@ -60,9 +59,7 @@ def make_table(columns: Sequence[str], rows: Iterable[Row]) -> Table:
         cells = []
         for cell in row:
             text, style = cell if isinstance(cell, tuple) else (cell, "")
-            cells.append(
-                Text(printable(str(text)), style=style, no_wrap=True, overflow="ignore" if wide else "ellipsis")
-            )
+            cells.append(Text(printable(str(text)), style=style, no_wrap=True, overflow="ellipsis"))
         table.add_row(*cells)
     return table
 
@@ -70,7 +67,7 @@ def make_table(columns: Sequence[str], rows: Iterable[Row]) -> Table:
 def print_table(columns: Sequence[str], rows: Sequence[Row], indent: str = "") -> None:
     """Print a table, see ``make_table``."""
     out = console()
-    out.width = out.width - len(indent) if is_terminal() else 10_000
+    out.width -= len(indent)
     with out.capture() as capture:
         out.print(make_table(columns, rows))
     click.echo("\n".join(indent + line.rstrip() for line in capture.get().splitlines()))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import heapq
 import shutil
 from collections.abc import Callable
 from typing import Any
@@ -59,7 +60,7 @@ def tail(
 
     \b
       stentor tail orders --type com.shop.order.placed --from 10m
-      stentor tail --where "subject LIKE 'eu-%' AND amount > 100"
+      stentor tail --where "source = '/shop' AND subject LIKE 'eu-%'"
     """  # noqa: D301
     if isinstance(start, int) and len(topics) != 1:
         raise click.UsageError("an offset is a place in one topic; name that topic")
@@ -101,7 +102,6 @@ class _Tail:
         self._as_json = as_json
         self._width = shutil.get_terminal_size().columns if is_terminal() else None
         self._enough = asyncio.Event()
-        self._readers: dict[str, asyncio.Task[None]] = {}
 
     async def run(self, url: str | None) -> None:
         async with opened(url) as broker:
@@ -111,52 +111,70 @@ class _Tail:
             for topic in self._topics:
                 if topic not in known:
                     raise NotFound(f"no topic {topic!r}; there are {', '.join(sorted(known)) or 'none'}")
-            for topic in self._topics or known:
-                self._read(broker, topic, self._start)
-            try:
-                while await self._wait(broker):
-                    pass
-            finally:
-                for task in self._readers.values():
-                    task.cancel()
-                await asyncio.gather(*self._readers.values(), return_exceptions=True)
+            places = await self._history(broker, list(self._topics or known))
+            if self._follow and not self._enough.is_set():
+                await self._live(broker, places)
 
-    async def _wait(self, broker: Broker) -> bool:
-        """Go on for a while; False at the end."""
+    async def _history(self, broker: Broker, topics: list[str]) -> dict[str, Start]:
+        """Print what is there already, by time; returns where to go on in each topic."""
+        places: dict[str, Start] = dict.fromkeys(topics, self._start)
+        if self._start == "latest":
+            return places
+        heads: list[tuple[str, str, int, Message]] = []
+        streams = {topic: broker.browse(topic, self._start, follow=False) for topic in topics}
+
+        async def advance(topic: str) -> None:
+            found = await anext(streams[topic], None)
+            if found is not None:
+                heapq.heappush(heads, (found[1].time or "", topic, *found))
+
+        for topic in topics:
+            await advance(topic)
+        while heads and not self._enough.is_set():
+            _, topic, offset, message = heapq.heappop(heads)
+            places[topic] = offset + 1
+            self._take(topic, offset, message)
+            await advance(topic)
+        return places
+
+    async def _live(self, broker: Broker, places: dict[str, Start]) -> None:
+        """Print what comes, from topics that appear meanwhile too."""
+        readers = {
+            topic: asyncio.create_task(self._follow_one(broker, topic, place)) for topic, place in places.items()
+        }
         enough = asyncio.create_task(self._enough.wait())
-        waits = [enough, *(() if self._follow else [asyncio.gather(*self._readers.values())])]
-        readers = [] if not self._follow else list(self._readers.values())
-        done, _ = await asyncio.wait([*waits, *readers], timeout=LOOK_AGAIN, return_when=asyncio.FIRST_COMPLETED)
-        enough.cancel()
-        for task in done:
-            if task is not enough:
-                task.result()  # a reader ends by its error only, unless it does not follow
-        if self._enough.is_set() or (done and not self._follow):
-            return False
-        if self._follow and not self._topics:
-            for topic in await self._known(broker):
-                if topic not in self._readers:
-                    self._read(broker, topic, "earliest")  # it is new, and all in it too
-        return True
+        try:
+            while not self._enough.is_set():
+                done, _ = await asyncio.wait(
+                    [enough, *readers.values()], timeout=LOOK_AGAIN, return_when=asyncio.FIRST_COMPLETED
+                )
+                for task in done:
+                    task.result()  # a reader ends by its error
+                for topic in () if self._topics else await self._known(broker):
+                    if topic not in readers:
+                        readers[topic] = asyncio.create_task(self._follow_one(broker, topic, "earliest"))
+        finally:
+            for task in (enough, *readers.values()):
+                task.cancel()
+            await asyncio.gather(enough, *readers.values(), return_exceptions=True)
+
+    async def _follow_one(self, broker: Broker, topic: str, place: Start) -> None:
+        async for offset, message in broker.browse(topic, place, follow=True):
+            self._take(topic, offset, message)
 
     async def _known(self, broker: Broker) -> list[str]:
         names = [topic.name for topic in await broker.admin.topics()]
         return [name for name in names if self._everything or name in self._topics or not name.startswith(INTERNAL)]
 
-    def _read(self, broker: Broker, topic: str, start: Start) -> None:
-        self._readers[topic] = asyncio.create_task(self._print_from(broker, topic, start))
-
-    async def _print_from(self, broker: Broker, topic: str, start: Start) -> None:
-        async for offset, message in broker.browse(topic, start, follow=self._follow):
-            if self._enough.is_set():
-                return
-            if self._wanted(message):
-                self._print(topic, offset, message)
-                if self._left is not None:
-                    self._left -= 1
-                    if self._left == 0:
-                        self._enough.set()
-                        return
+    def _take(self, topic: str, offset: int, message: Message) -> None:
+        """Print a message if it is wanted, and there is room under the limit."""
+        if self._enough.is_set() or not self._wanted(message):
+            return
+        self._print(topic, offset, message)
+        if self._left is not None:
+            self._left -= 1
+            if self._left == 0:
+                self._enough.set()
 
     def _print(self, topic: str, offset: int, message: Message) -> None:
         if self._as_json:
