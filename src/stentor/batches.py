@@ -8,9 +8,9 @@ from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 from stentor.context import Context, current
-from stentor.errors import BatchFailed
+from stentor.errors import BatchFailed, LeaseLost, StentorError
 from stentor.lanes import Lane
-from stentor.message import Delivery, Message
+from stentor.message import Delivery, Message, Outcome, Settlement
 from stentor.plan import Route
 
 if TYPE_CHECKING:
@@ -109,11 +109,39 @@ async def _invoke_batch(worker: Worker, route: Route, members: list[tuple[Lane, 
         errors = {0: error}
     finally:
         current.reset(token)
+    for index in errors:
+        lane, delivery, _ = members[index]
+        worker.failed(lane, route, delivery, errors[index])
+    good = [member for index, member in enumerate(members) if index not in errors]
     outputs: Sequence[Message] = context.outputs
-    for index, (lane, delivery, _) in enumerate(members):
-        if index in errors:
-            worker.failed(lane, route, delivery, errors[index])
-        else:
-            worker.counts.handled += 1
-            worker.end(lane.share, delivery, lane, outputs)
-            outputs = ()
+    if outputs and len(good) > 1:
+        # They are the outputs of all: the others are acked after them, or each runs again for its own.
+        lane, delivery, _ = good[0]
+        refused = await _settle_first(worker, lane, delivery, outputs)
+        if refused is not None:
+            for member in good[isinstance(refused, LeaseLost) :]:
+                await _invoke_batch(worker, route, [member])
+            return
+        good, outputs = good[1:], ()
+    for lane, delivery, _ in good:
+        worker.counts.handled += 1
+        worker.end(lane.share, delivery, lane, outputs)
+        outputs = ()
+
+
+async def _settle_first(
+    worker: Worker, lane: Lane, delivery: Delivery, outputs: Sequence[Message]
+) -> StentorError | None:
+    """End the first member of a batch with the outputs of them all; returns what was wrong, if that was refused."""
+    share = lane.share
+    attempt = share.tries.get(delivery.offset)
+    outcome, records = (Outcome.ACK, {}) if attempt is None else worker.parking.cleared(attempt)
+    done: asyncio.Future[StentorError | None] = worker.loop.create_future()
+    settlement = Settlement(share.partition, delivery.offset, outcome, outputs, records)
+    worker.add(settlement, lambda error: None if done.done() else done.set_result(error))
+    error = await done
+    if error is None:
+        worker.counts.handled += 1
+        share.tries.pop(delivery.offset, None)
+        worker.advance(lane)
+    return error

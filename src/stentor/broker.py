@@ -21,6 +21,9 @@ from stentor.subscription import Subscription
 Durable = Literal["process", "host", "replica"]
 """What a confirmed event survives: nothing but the process itself, the host's crash, or the loss of a replica."""
 
+FETCH_BYTES = 16 * 1024 * 1024
+"""A fetch hands out nothing more once its deliveries have reached so many bytes of data."""
+
 Start = Literal["earliest", "latest"] | datetime | int
 """A place in a topic: its ends, a time, or an offset (the first one wanted)."""
 
@@ -69,7 +72,7 @@ class Consumer(Protocol):
         ...
 
     async def fetch(self, limit: int, wait: float) -> Sequence[Delivery]:
-        """Up to ``limit`` further deliveries, waiting up to ``wait`` seconds for the first.
+        """Up to ``limit`` further deliveries, of FETCH_BYTES together, waiting up to ``wait`` seconds for the first.
 
         The unsettled events of a partition come in publish order, each once per ownership; after a takeover those that
         the last owner left unsettled come first. Cancelling it loses nothing.

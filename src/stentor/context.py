@@ -105,7 +105,7 @@ class Host(Protocol):
 class Context:
     """One handling of one delivery (of one batch, for a batch handler)."""
 
-    __slots__ = ("_count", "_delivery", "_host", "_log", "attempt", "cancelled", "outputs", "state")
+    __slots__ = ("_count", "_delivery", "_host", "_log", "_message", "attempt", "cancelled", "outputs", "state")
 
     def __init__(self, host: Host, delivery: Delivery, attempt: int, state: bytes | None) -> None:
         self._host = host
@@ -118,12 +118,15 @@ class Context:
         self.cancelled = False
         """True once the handler's time is up; a sync handler should look at it and return."""
         self._count = 0
+        self._message: Message | None = None
         self._log: logging.LoggerAdapter[logging.Logger] | None = None
 
     @property
     def message(self) -> Message:
-        """The message being handled; of a batch, the first."""
-        return self._delivery.message
+        """The message being handled, in a copy of the handler's own; of a batch, the first."""
+        if self._message is None:
+            self._message = private(self._delivery.message)
+        return self._message
 
     @property
     def replayed(self) -> str:
@@ -157,7 +160,7 @@ class Context:
 
     def caused(self, messages: Sequence[Message]) -> Sequence[Message]:
         """Give messages the ids, correlation and trace that follow from this delivery."""
-        cause = self.message
+        cause = self._delivery.message
         for message in messages:
             if message.fresh:
                 self._count += 1
@@ -211,6 +214,11 @@ class Context:
         if not loop.is_running():
             raise NotConnected("the app has stopped")
         asyncio.run_coroutine_threadsafe(self.progress(done, text, state=state), loop).result()
+
+
+def private(message: Message) -> Message:
+    """A copy that a handler may change: nobody else, and no later attempt, sees it."""
+    return msgspec.structs.replace(message, extensions=dict(message.extensions))
 
 
 def derived_id(cause: Message, group: str, type: str, position: int, replay: str = "") -> str:

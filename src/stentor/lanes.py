@@ -6,7 +6,7 @@ The journal of a partition holds, by name:
   or runs for long. ``~n`` tells redriven copies of one offset apart.
 - ``a/<offset>[~n]`` starts of that event whose end nobody saw.
 - ``p/<offset>[~n]`` the progress that a long handler recorded.
-- ``k/<key>`` the key is held until the dead letter named there is redriven or dropped.
+- ``k/<key>`` the key is held until the dead letter named there, after its offset, is redriven or dropped.
 - ``d/<dead letter id>`` what became of a dead letter.
 - ``m/...`` marks of outsiders.
 - ``s/...`` positions of sources and timers.

@@ -134,6 +134,7 @@ class Parking:
         share, message = lane.share, delivery.message
         attempt = share.tries.pop(delivery.offset, None) or Try(f"{delivery.offset:020d}")
         outcome, records = self.cleared(attempt)
+        errors = [*attempt.errors, self.record(error)][-ERRORS_KEPT:]
         letter = DeadLetter(
             id=derived_id(message, self._worker.plan.name, "dead", 0, delivery.replay + attempt.name[20:]),
             group=self._worker.plan.name,
@@ -143,7 +144,7 @@ class Parking:
             attempts=attempts,
             reason=reason,
             time=self._worker.clock.now(),
-            errors=[*attempt.errors, self.record(error)][-ERRORS_KEPT:],
+            errors=errors,
         )
         body = Message(
             id=letter.id, source=f"/{self._worker.plan.name}", type="stentor.dead", topic=dead_topic(self._worker.plan.name),
@@ -151,7 +152,7 @@ class Parking:
         )  # fmt: skip
         held = self._worker.plan.park and self._worker.plan.ordered and lane.key is not None and not self._worker.plan.broadcast
         if held:
-            records[f"k/{lane.key}"] = letter.id.encode()
+            records[f"k/{lane.key}"] = f"{delivery.offset:020d} {letter.id}".encode()
             lane.held = True
         self._worker.counts.dead += 1
         self._worker.log.error(
@@ -192,6 +193,8 @@ class Parking:
         share = lane.share
         try:
             names = list(lane.stored or ())[:LOAD]
+            if self._worker.unsettled:  # what was stored a moment ago is in the journal only once that is settled
+                await self._worker.write(share.partition, {})
             found = await self._worker.consumer.read(share.partition, names)
         except StentorError as error:
             lane.loading = False
@@ -205,6 +208,8 @@ class Parking:
         now = self._worker.clock.now()
         items: list[Delivery] = []
         for name in names:
+            if not lane.stored or lane.stored[0] != name:
+                break  # a redrive put an earlier one before it
             value = found.get(name)
             if value is None:
                 lane.stored.popleft()
@@ -247,7 +252,8 @@ class Parking:
         self._timer = None
         if self._due:
             delay = max(0.0, self._due[0][0] - self._worker.clock.now())
-            self._timer = self._worker.clock.call_later(min(delay, 3600.0), self._fall_due)
+            # In short steps: a wall clock that is set forward must not delay what is due by it.
+            self._timer = self._worker.clock.call_later(min(delay, 1.0), self._fall_due)
 
     def _fall_due(self) -> None:
         now = self._worker.clock.now()
@@ -275,12 +281,23 @@ class Parking:
             record: dict[str, bytes | None] = {attempt.stored: parked.encode()}
             self._worker.add(Settlement(lane.share.partition, delivery.offset, Outcome.ACK, (), record), None)
 
-    async def apply(self, mark: Mark) -> None:
-        """Redrive or drop a dead letter, as its mark asks; doing it twice changes nothing."""
+    async def apply(self, marks: Sequence[Mark]) -> None:
+        """Redrive or drop dead letters, as their marks ask, in the order of their events."""
+        wishes = []
+        for mark in marks:
+            try:
+                wishes.append((mark, decode_wish(mark.value)))
+            except msgspec.MsgspecError as error:
+                self._worker.log.warning("%s: mark %s is dropped: %s", self._worker.group, mark.name, error)
+                await self._worker.write(mark.partition, {mark.name: None})
+        for mark, wish in sorted(wishes, key=lambda entry: entry[1].letter.offset):
+            await self._apply(mark, wish)
+
+    async def _apply(self, mark: Mark, wish: Wish) -> None:
+        """Carry out one wish; doing it twice changes nothing."""
         share = self._worker.shares.get(mark.partition)
         if share is None or share.gone:
             return
-        wish = decode_wish(mark.value)
         letter = wish.letter
         key = letter.message.key if self._worker.plan.ordered else None
         status, hold = f"d/{letter.id}", f"k/{key}"
@@ -292,7 +309,7 @@ class Parking:
             if wish.redrive:
                 stored = stored_name(letter.offset, f"~{letter.id[:12]}", key)
                 records[stored] = Parked(message=letter.message).encode()
-        freed = known.get(hold) == letter.id.encode()
+        freed = known.get(hold, b"")[21:] == letter.id.encode()
         if freed:
             records[hold] = None
         await self._worker.write(mark.partition, records)

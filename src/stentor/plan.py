@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from stentor.event import EventSpec
 from stentor.handler import Handler, Invoke
 from stentor.lanes import Lane
+from stentor.message import Message, Partition
 from stentor.subscription import Subscription
 
 if TYPE_CHECKING:
-    from stentor.worker import Duties
+    from stentor.worker import Worker
 
 
 @dataclass(slots=True, eq=False)
@@ -59,3 +60,30 @@ class Counts:
     dead: int = 0
     skipped: int = 0
     refused: int = 0
+
+
+class Duties:
+    """What a timer or source may do while its partition is owned: keep a position, publish under the epoch."""
+
+    __slots__ = ("_worker", "clock", "partition")
+
+    def __init__(self, worker: Worker, partition: Partition) -> None:
+        self._worker = worker
+        self.partition = partition
+        self.clock = worker.clock
+
+    async def read(self, name: str) -> bytes | None:
+        """A journal value kept under ``s/<name>``."""
+        return (await self._worker.consumer.read(self.partition, [f"s/{name}"])).get(f"s/{name}")
+
+    async def write(self, name: str, value: bytes, outputs: Sequence[Message] = ()) -> None:
+        """Publish ``outputs`` and keep ``value``: together where the broker can, else in this order.
+
+        Raises:
+            LeaseLost: another process has the partition now.
+        """
+        await self._worker.write(self.partition, {f"s/{name}": value}, outputs)
+
+    async def publish(self, outputs: Sequence[Message], name: str, value: bytes | None) -> None:
+        """``write``, or publish alone when there is no value to keep."""
+        await self._worker.write(self.partition, {} if value is None else {f"s/{name}": value}, outputs)

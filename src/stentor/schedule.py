@@ -14,7 +14,7 @@ from stentor.clock import Duration, iso, seconds
 from stentor.context import FIRING, Firing
 from stentor.errors import DefinitionError
 from stentor.message import Message
-from stentor.worker import Duties
+from stentor.plan import Duties
 
 Missed = Literal["once", "skip", "all"]
 ALL_LIMIT = 10_000

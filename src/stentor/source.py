@@ -14,7 +14,7 @@ from stentor.context import Runtime
 from stentor.errors import DefinitionError, StentorError
 from stentor.event import Outgoing
 from stentor.message import Message
-from stentor.worker import Duties
+from stentor.plan import Duties
 
 Instances = Literal["one", "each"]
 

@@ -16,13 +16,13 @@ from stentor.batches import run_batch
 from stentor.broker import Broker, Consumer
 from stentor.catalog import Catalog
 from stentor.clock import Clock
-from stentor.context import Context, Dead, Progress, RetryLater, Runtime, current, decode_progress, encode_progress
+from stentor.context import Context, Dead, Progress, RetryLater, Runtime, current, decode_progress, encode_progress, private
 from stentor.errors import LeaseLost, NewerVersion, StentorError, Undecodable
 from stentor.handler import ThreadStillRuns
 from stentor.lanes import Lane, Share, Try, offset_of, split_stored
 from stentor.message import Delivery, ErrorRecord, Failure, Message, Outcome, Partition, Settlement
 from stentor.parking import ERRORS_KEPT, Parking
-from stentor.plan import Counts, Duty, Plan, Route
+from stentor.plan import Counts, Duties, Duty, Plan, Route
 
 FETCH = 256
 WINDOW = 1024
@@ -54,7 +54,8 @@ class Worker:
         self._idle: list[asyncio.Future[None]] = []
         self._poking = False
         self._batch: list[tuple[Settlement, After | None]] = []
-        self._settling = 0
+        self._settling: list[tuple[Settlement, After | None]] = []
+        self._revoking = 0
         self._inflight = 0
         self._bytes = 0
         self.running = 0
@@ -138,6 +139,11 @@ class Worker:
         return bool(self._ready or self.running or self._batch or self._settling or self.parking.loads)
 
     @property
+    def unsettled(self) -> bool:
+        """Whether anything that was added is not durable yet."""
+        return bool(self._batch or self._settling)
+
+    @property
     def partitions(self) -> int:
         return len(self.shares)
 
@@ -186,12 +192,14 @@ class Worker:
             for duty in share.duties:
                 duty.cancel()
             waits += share.duties
-            if share.running or any(s.partition is partition for s, _ in self._batch) or self._settling:
-                share.idle = self.loop.create_future()
-                waits.append(share.idle)  # type: ignore[arg-type]
-        self.note_shares()
-        if waits:
+            share.idle = self.loop.create_future()
+            waits.append(share.idle)  # type: ignore[arg-type]
+        self._revoking += 1
+        try:
+            self.note_shares()
             await asyncio.gather(*waits, return_exceptions=True)
+        finally:
+            self._revoking -= 1
         for partition in partitions:
             self._forget(partition)
 
@@ -208,16 +216,23 @@ class Worker:
     def _forget(self, partition: Partition) -> None:
         share = self.shares.pop(partition, None)
         if share is not None:
-            self._inflight -= share.inflight
+            left = self._inflight - share.inflight
+            self._bytes = self._bytes * left // self._inflight if left else 0
+            self._inflight = left
             share.inflight = 0
+            if share.idle is not None and not share.idle.done():
+                share.idle.set_result(None)
             self._make_room()
 
     def note_shares(self) -> None:
         """Resolve what ``revoked`` waits for, once nothing of a share runs or is being settled."""
-        for share in self.shares.values():
-            if share.idle is not None and not share.running and not self._settling and not self._batch:
-                if not share.idle.done():
-                    share.idle.set_result(None)
+        if not self._revoking:
+            return
+        unsettled = {settlement.partition for settlement, _ in [*self._settling, *self._batch]}
+        for partition, share in self.shares.items():
+            idle = share.idle
+            if idle is not None and not idle.done() and not share.running and partition not in unsettled:
+                idle.set_result(None)
 
     # ---- intake -------------------------------------------------------------------------------------------------
 
@@ -230,7 +245,8 @@ class Worker:
                 await self._room
                 continue
             try:
-                deliveries = await self.consumer.fetch(room, 5.0)
+                # After trouble it waits briefly, so that what is told of its health is true.
+                deliveries = await self.consumer.fetch(room, 5.0 if self.trouble is None else 0.1)
             except StentorError as error:
                 await self._troubled(error)
                 continue
@@ -399,7 +415,7 @@ class Worker:
                 if attempt is not None and not await self.begin(lane, route, delivery, attempt):
                     continue
                 lane.since = self.loop.time()
-                event = message if route.spec is None else self.catalog.read(route.spec, message)
+                event = private(message) if route.spec is None else self.catalog.read(route.spec, message)
                 handler = route.handler
                 if (handler.where is not None and not handler.where(event)) or (
                     handler.where_sql is not None and not handler.where_sql(message.attributes())
@@ -592,16 +608,17 @@ class Worker:
                 self.note_quiet()
                 self._settle_wake = self.loop.create_future()
                 await self._settle_wake
-            batch, self._batch = self._batch, []
-            self._settling = len(batch)
-            try:
-                failures = await self._settled([settlement for settlement, _ in batch])
-            finally:
-                self._settling = 0
+            batch = self._settling = self._batch
+            self._batch = []
+            failures = await self._settled([settlement for settlement, _ in batch])
             before = self._inflight
             failed = {id(failure.settlement): failure.error for failure in failures} if failures else {}
+            refused: list[tuple[Settlement, After | None]] = []
             for settlement, after in batch:
                 error = failed.get(id(settlement)) if failed else None
+                if error is not None and not settlement.outputs and not isinstance(error, LeaseLost):
+                    refused.append((settlement, after))
+                    continue
                 if settlement.outcome is Outcome.ACK and (error is None or isinstance(error, LeaseLost)):
                     share = self.shares.get(settlement.partition)
                     if share is not None:
@@ -611,6 +628,12 @@ class Worker:
                     self.counts.refused += 1
                 if after is not None:
                     after(error)
+            self._settling = []
+            if refused:  # no event's fault (there is no room, say), and nothing goes on without it
+                self._batch[:0] = refused
+                await self._troubled(failed[id(refused[0][0])])
+            if self._revoking:
+                self.note_shares()
             if before:  # sizes are not kept per delivery: what is settled had the mean size
                 self._bytes = self._bytes * self._inflight // before
             if self._inflight <= WINDOW // 2:
@@ -625,6 +648,7 @@ class Worker:
             except StentorError as error:
                 await self._troubled(error)
             else:
+                self.trouble = None
                 return failures
 
     # ---- the journal --------------------------------------------------------------------------------------------
@@ -647,8 +671,7 @@ class Worker:
         while True:
             await self.clock.pause(1.0)
             try:
-                for mark in await self.consumer.marks():
-                    await self.parking.apply(mark)
+                await self.parking.apply(await self.consumer.marks())
             except StentorError as error:
                 self.log.warning("%s: cannot apply marks: %s", self.group, error)
             self.parking.escape()
@@ -668,30 +691,3 @@ class Worker:
                 self.log.exception("%s failed; again in %.3g s", self.group, wait)
             await self.clock.sleep(wait)
             wait = min(wait * 2, 60.0)
-
-
-class Duties:
-    """What a timer or source may do while its partition is owned: keep a position, publish under the epoch."""
-
-    __slots__ = ("_worker", "clock", "partition")
-
-    def __init__(self, worker: Worker, partition: Partition) -> None:
-        self._worker = worker
-        self.partition = partition
-        self.clock = worker.clock
-
-    async def read(self, name: str) -> bytes | None:
-        """A journal value kept under ``s/<name>``."""
-        return (await self._worker.consumer.read(self.partition, [f"s/{name}"])).get(f"s/{name}")
-
-    async def write(self, name: str, value: bytes, outputs: Sequence[Message] = ()) -> None:
-        """Publish ``outputs`` and keep ``value``: together where the broker can, else in this order.
-
-        Raises:
-            LeaseLost: another process has the partition now.
-        """
-        await self._worker.write(self.partition, {f"s/{name}": value}, outputs)
-
-    async def publish(self, outputs: Sequence[Message], name: str, value: bytes | None) -> None:
-        """``write``, or publish alone when there is no value to keep."""
-        await self._worker.write(self.partition, {} if value is None else {f"s/{name}": value}, outputs)

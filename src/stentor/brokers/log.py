@@ -18,7 +18,18 @@ class Track:
     counts the deliveries that a dead owner may have begun, as far as ``known``, the log's end at the takeover.
     """
 
-    __slots__ = ("done", "known", "moved", "next", "outstanding", "partition", "prefix", "replay", "replay_until", "suspects")
+    __slots__ = (
+        "done",
+        "known",
+        "moved",
+        "next",
+        "outstanding",
+        "partition",
+        "prefix",
+        "replay",
+        "replay_until",
+        "suspects",
+    )
 
     def __init__(
         self,

@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Sequence
 from datetime import datetime
 from typing import Any
 
-from stentor.broker import Features, GroupInfo, Owner, Start, TopicInfo
+from stentor.broker import FETCH_BYTES, Features, GroupInfo, Owner, Start, TopicInfo
 from stentor.brokers.log import Track, quota
 from stentor.clock import Clock, seconds
 from stentor.connect import BrokerUrl
@@ -232,7 +232,8 @@ class MemoryBroker:
             self._timer = None
         if self._delayed:
             wait = max(0.0, self._delayed[0][0] - self._clock.now())
-            self._timer = self._clock.call_later(min(wait, 3600.0), self._fall_due)
+            # In short steps: a wall clock that is set forward must not delay what is due by it.
+            self._timer = self._clock.call_later(min(wait, 1.0), self._fall_due)
 
     def _fall_due(self) -> None:
         now = self._clock.now()
@@ -349,7 +350,7 @@ class MemoryBroker:
                 log = self._logs[topic]
                 offset = self._offset(log, start)
                 replay = f"{group}@{next(self._order)}"
-                reached = max(prefix for prefix, _ in target.places[topic])
+                reached = max(max(done, default=-1) + 1 or prefix for prefix, done in target.places[topic])
                 target.replays[topic] = (replay, max(reached, offset))
                 count += max(0, log.end - offset)
                 target.places[topic] = [(offset, set()) for _ in range(SLOTS)]
@@ -357,8 +358,7 @@ class MemoryBroker:
                     if home == topic:
                         for name in [n for n in journal if n[:2] in ("q/", "a/", "p/") and int(n[2:22]) >= offset]:
                             del journal[name]
-                        waiting = {n.partition("/")[2].partition("/")[2] for n in journal if n.startswith("q/")}
-                        for name in [n for n in journal if n.startswith("k/") and n[2:] not in waiting]:
+                        for name in [n for n, v in journal.items() if n[:2] == "k/" and int(v[:20]) >= offset]:
                             del journal[name]
         await self._spread(target)
         return count
@@ -485,16 +485,19 @@ class MemoryConsumer:
 
     def _collect(self, limit: int) -> list[Delivery]:
         found: list[Delivery] = []
+        size = 0
         for log in self._logs:
             topic = log.topic.name
             offset, end, base = max(self._scan[topic], log.base), log.end, log.base
             tracks, messages, slots = self.tracks[topic], log.messages, log.slots
-            while offset < end and len(found) < limit:
+            while offset < end and len(found) < limit and size < FETCH_BYTES:
                 track = tracks[slots[offset - base]]
                 if track is not None and track.take(offset):
                     seen = track.seen(offset) if track.suspects else False
                     replay = track.replay if offset < track.replay_until else ""
-                    found.append(Delivery(messages[offset - base], track.partition, offset, seen, replay))
+                    message = messages[offset - base]
+                    size += len(message.data)
+                    found.append(Delivery(message, track.partition, offset, seen, replay))
                 offset += 1
             self._scan[topic] = offset
         return found

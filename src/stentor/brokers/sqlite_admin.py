@@ -227,16 +227,11 @@ class SqliteAdmin:
                 f"DELETE FROM stentor_journal WHERE {where} AND name >= ? AND name < ?",
                 (group, topic, f"{prefix}{position:020d}", f"{prefix[0]}0"),
             )
-        rows = db.execute(
-            f"SELECT slot, name FROM stentor_journal WHERE {where} AND (name GLOB 'k/*' OR name GLOB 'q/*')",
-            (group, topic),
-        ).fetchall()
-        parked = {(slot, name[2:].partition("/")[2]) for slot, name in rows if name[0] == "q"}
-        for slot, name in rows:
-            if name[0] == "k" and (slot, name[2:]) not in parked:
-                db.execute(
-                    f"DELETE FROM stentor_journal WHERE {where} AND slot = ? AND name = ?", (group, topic, slot, name)
-                )
+        # The value of a hold begins with the offset of its dead letter.
+        db.execute(
+            f"DELETE FROM stentor_journal WHERE {where} AND name GLOB 'k/*' AND substr(value, 1, 20) >= CAST(? AS BLOB)",
+            (group, topic, f"{position:020d}"),
+        )
 
     async def cancel(self, id: str) -> bool:
         return await self._broker.file.submit(

@@ -1,0 +1,9 @@
+import pytest
+
+from stentor.testing.conformance import Conformance
+
+
+class TestMemory(Conformance):
+    @pytest.fixture
+    def broker_url(self) -> str:
+        return "memory://"
