@@ -47,23 +47,25 @@ def ask(python: Path | str, question: str) -> str:
 def make_environment(venv: Path, base: str) -> None:
     """A virtual environment of the interpreter `base`, with its own venv module, else with uv or virtualenv."""
     making: list[str | Path]
-    if ask(base, "import ensurepip, venv; print('yes')"):
+    if ask(base, "import ensurepip, venv; print(ensurepip.version())"):
         making = [base, "-m", "venv", venv]
     elif shutil.which("uv"):
-        making = ["uv", "venv", "--quiet", "--seed", "--python", base, venv]
+        making = ["uv", "venv", "--quiet", "--python", base, venv]
     elif shutil.which("virtualenv"):
         making = ["virtualenv", "--quiet", "--python", base, venv]
     else:
         package = ask(base, "import sys; print('python{}.{}-venv'.format(*sys.version_info))")
         raise CannotMakeEnvironment(
-            f"{base} cannot make a virtual environment: its module ensurepip is missing.\n"
+            f"{base} cannot make a virtual environment: its module ensurepip is missing or incomplete.\n"
             f"Install it (Debian and Ubuntu: apt install {package}), or install uv or virtualenv, and try again."
         )
     shutil.rmtree(venv, ignore_errors=True)
     try:
         subprocess.run(making, check=True)
-    except BaseException:  # half an environment must not be taken for one the next time
+    except BaseException as error:  # half an environment must not be taken for one the next time
         shutil.rmtree(venv, ignore_errors=True)
+        if isinstance(error, subprocess.CalledProcessError):
+            raise CannotMakeEnvironment(f"{making[0]} could not make the environment {venv}.") from error
         raise
 
 
@@ -92,7 +94,7 @@ def environment(group: str = "stentor", venv: Path = HERE, base: str = sys.execu
     installer: list[str | Path] = (
         ["uv", "pip", "install", "--python", python] if shutil.which("uv") else [python, "-m", "pip", "install"]
     )
-    what = ["--no-deps"] if group == "flights" else ["--editable", ROOT]
+    what = ["--no-deps"] if group == "flights" else ["--editable", f"{ROOT}[http]"]
     start = time.monotonic()
     done = subprocess.run(
         [*installer, "--quiet", *what, *requirements(group)],
@@ -241,10 +243,9 @@ def docs(args: list[str]) -> int:
 
 @command
 def bench(args: list[str]) -> int:
-    """Measure Stentor beside its peers: every program of benchmarks/, or one: `bench sqlite`."""
-    python = environment("bench") / "python"
-    names = [args.pop(0)] if args else sorted(path.stem for path in (ROOT / "benchmarks").glob("[!_]*.py"))
-    return max([run(python, "-m", f"benchmarks.{name}", *args) for name in names], default=0)
+    """Measure Stentor beside its peers, all figures or those named: `bench memory`. `bench --help` lists them."""
+    python = environment("bench", ROOT / ".venvs" / "bench") / "python"  # the peers' needs apart from ours
+    return run(python, "-m", "benchmarks", *(args or ["all"]))
 
 
 @command
@@ -283,7 +284,9 @@ def ci(_args: list[str]) -> int:
         failed += bool(process.returncode)
         report.append(f"{'FAILED' if process.returncode else 'ok':8}{time.monotonic() - start:5.0f} s  {step}")
     print("\n" + "\n".join(report))
-    total = ", ".join(f"{count} {word}" for word, count in counts.items() if count)
+    total = ", ".join(
+        f"{count} {word}" + "s" * (word == "error" and count > 1) for word, count in counts.items() if count
+    )
     print(
         f"===== {total or 'no tests ran'} in {time.monotonic() - began:.2f}s ====="
     )  # as pytest closes, all runs added
@@ -293,7 +296,7 @@ def ci(_args: list[str]) -> int:
 @command
 def clean(_args: list[str]) -> int:
     """Remove the environments and all that the other commands made."""
-    made = ".venv .venvs build dist site docs/reference .cache .mypy_cache .pytest_cache .ruff_cache .hypothesis"
+    made = ".venv .venvs build dist site docs/reference .cache .data .mypy_cache .pytest_cache .ruff_cache .hypothesis"
     for name in made.split():
         shutil.rmtree(ROOT / name, ignore_errors=True)
     return 0

@@ -20,8 +20,8 @@ LAYERS = [  # lowest first
     {"errors", "clock"},
     {"message", "event", "catalog", "cesql", "cloudevents"},
     {"subscription", "retry", "broker", "connect", "middleware"},
-    {"context", "handler", "lanes", "worker", "schedule", "source"},
-    {"group", "app", "program"},
+    {"context", "handler", "lanes", "plan", "parking", "batches", "worker", "schedule", "source"},
+    {"group", "app", "program", "asgi", "ingress", "health", "serve"},
 ]
 FOLDERS = {  # each with the highest of LAYERS that it may import; above them it imports other folders, without a cycle
     "brokers": 2,
@@ -48,9 +48,9 @@ LIBRARIES = {  # who may import which library, by module or folder; a broker's c
     "pydantic": {"event"},
     "click": {"cli", "__main__"},
     "rich": {"cli"},
-    "uvicorn": {"sources", "cli", "program"},
-    "prometheus_client": {"observe"},
-    "pytest": {"testing"},
+    "uvicorn": {"serve"},
+    "prometheus_client": {"health", "observe"},
+    "pytest": {"testing", "cli.new"},
     "psutil": {"testing"},
 }
 HEAVY = [  # what `import stentor` must not load: optional, or slow to load and needed by few

@@ -1,0 +1,71 @@
+"""What every test gets: a clean environment, reproducible Hypothesis, snippets of README and docs, time for a soak."""
+
+import ast
+import asyncio
+import inspect
+import os
+from pathlib import Path
+
+import pytest
+from hypothesis import settings
+from sybil import Example, Sybil
+from sybil.parsers.markdown import ClearNamespaceParser, CodeBlockParser, SkipParser
+
+# Shared machines are slow at times: no deadline. In CI the same examples each run: a red run is about the change.
+settings.register_profile("here", deadline=None)
+settings.register_profile("ci", deadline=None, derandomize=True)
+settings.load_profile("ci" if os.environ.get("CI") else "here")
+
+
+def run_snippet(example: Example) -> None:
+    """Run a block of Python as its page shows it, with `await` at the top level if it has one."""
+    source = "\n" * (example.line + example.parsed.line_offset) + example.parsed
+    code = compile(source, example.path, "exec", flags=ast.PyCF_ALLOW_TOP_LEVEL_AWAIT, dont_inherit=True)
+    if code.co_flags & inspect.CO_COROUTINE:
+        asyncio.run(eval(code, example.namespace))
+    else:
+        exec(code, example.namespace)
+
+
+SNIPPETS = Sybil(
+    path=str(Path(__file__).parents[1]),
+    pattern="*.md",
+    parsers=[CodeBlockParser("python", run_snippet), SkipParser(), ClearNamespaceParser()],
+    fixtures=["snippet_folder"],
+)
+
+
+class Snippets:
+    """Collects the snippets of every Markdown page that pytest is given; one page's snippets share their names."""
+
+    pytest_collect_file = staticmethod(SNIPPETS.pytest())
+
+    @pytest.fixture
+    def snippet_folder(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """An empty folder for the files that a snippet makes."""
+        monkeypatch.chdir(tmp_path)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """A conftest serves its own folder only; what it registers serves README and docs too."""
+    config.pluginmanager.register(Snippets(), "snippets")
+
+
+def soak_minutes() -> float:
+    """How long a soak goes on: $STENTOR_SOAK_MINUTES, else half a minute."""
+    return float(os.environ.get("STENTOR_SOAK_MINUTES", "0.5"))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """A soak may take its minutes, and five more to come to rest."""
+    for item in items:
+        if item.get_closest_marker("soak"):
+            item.add_marker(pytest.mark.timeout(60 * (soak_minutes() + 5)))
+
+
+@pytest.fixture(autouse=True)
+def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test sees the settings of the developer's own programs."""
+    for name in os.environ:
+        if name.startswith("STENTOR_") and name != "STENTOR_SOAK_MINUTES":
+            monkeypatch.delenv(name)
