@@ -54,6 +54,10 @@ class Refused(Exception):
             self.headers["allow"] = allow
 
 
+def _wrong(attribute: str, text: object, status: int = 400) -> Refused:
+    return Refused(status, f"attribute {attribute!r}: {text}", attribute=attribute)
+
+
 def _invalid(error: Exception, status: int = 400, **extra: Any) -> Refused:
     """The refusal of an event; the texts of InvalidEvent begin with the attribute that is wrong."""
     found = _WHO.match(str(error))
@@ -132,10 +136,11 @@ def _route(program: Program, message: Message, topic: str | None, *, binary: boo
     """Check a message and give it its topic and key. Raises Refused or InvalidEvent."""
     spec = program.catalog.find(message.type)
     if spec is None and topic is None:
-        raise Refused(
-            400, f"{program.name} does not know the type {message.type!r}; to send it all the same, name a topic that "
-            "the app declares: POST /events?topic=NAME", attribute="type",
-        )  # fmt: skip
+        raise _wrong(
+            "type",
+            f"{program.name} does not know {message.type!r}; to send it all the same, name a topic of the app: "
+            "POST /events?topic=NAME",
+        )
     if spec is not None and topic not in (None, spec.topic.name):
         raise Refused(
             400, f"{message.type} belongs to topic {spec.topic.name!r}, not {topic!r}; leave ?topic= out",
@@ -148,7 +153,7 @@ def _route(program: Program, message: Message, topic: str | None, *, binary: boo
         try:
             key_text(message.key, message.type, "partitionkey")
         except InvalidEvent as error:
-            raise Refused(400, str(error), attribute="partitionkey") from None
+            raise _wrong("partitionkey", error) from None
     size = len(message.data) + sum(len(name) + len(str(value)) for name, value in message.attributes().items())
     if size > program.limit:
         raise TooLarge(f"{size:,} bytes of attributes and data; {program.limit:,} is the most")
@@ -167,21 +172,18 @@ def _check_known(program: Program, spec: EventSpec, message: Message, *, binary:
     """Read the event as its handlers will, and take its key."""
     media = _media(message.datacontenttype)
     if media != JSON and not media.endswith("+json"):
-        raise Refused(
-            415 if binary else 400, f"{message.type}: cannot read {message.datacontenttype}; expected {JSON}",
-            attribute="datacontenttype",
-        )  # fmt: skip
+        raise _wrong("datacontenttype", f"{message.type} is read as {JSON}, not {media}", 415 if binary else 400)
     try:
         event = program.catalog.read(spec, message)
     except NewerVersion as error:  # its key is unknown here; stored without one it could overtake what it follows
-        raise Refused(400, str(error), attribute="schemaversion") from None
+        raise _wrong("schemaversion", error) from None
     except Undecodable as error:
-        raise Refused(400, str(error), attribute="data") from None
+        raise _wrong("data", error) from None
     if message.key is None:
         try:
             message.key = spec.key_of(event)
         except Exception as error:  # a key function is the user's code: it cannot make a key of this event
-            raise Refused(400, f"{message.type}: no key: {error}", attribute="data") from None
+            raise _wrong("data", f"it gives no key: {error}") from None
 
 
 def _check_unknown(message: Message, *, binary: bool) -> None:
@@ -195,7 +197,7 @@ def _check_unknown(message: Message, *, binary: bool) -> None:
         if content is None and binary:
             message.datacontenttype = "application/octet-stream"
             return
-        raise Refused(400, f"{message.type}: the data is no JSON: {error}", attribute="data") from None
+        raise _wrong("data", f"no JSON: {error}") from None
 
 
 async def publish(program: Program, messages: list[Message]) -> tuple[Receipt, ...]:
