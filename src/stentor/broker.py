@@ -82,7 +82,9 @@ class Consumer(Protocol):
     async def settle(self, settlements: Sequence[Settlement]) -> Sequence[Failure]:
         """Carry out settlements, in order; each as a whole or not at all, and returned as a Failure if not.
 
-        Outputs and records are durable no later than the ack. A partition that is no longer owned fails with LeaseLost.
+        Outputs and records are durable no later than the ack; of a failed one nothing is stored where
+        ``features.atomic``, elsewhere outputs may be, and their derived ids make a repetition safe. A partition that is
+        no longer owned fails with LeaseLost.
         Raises ``Unavailable`` when nothing is known to be done; settling again is then safe.
         """
         ...
@@ -176,8 +178,10 @@ class Broker(Protocol):
         ...
 
     async def publish(self, messages: Sequence[Message]) -> Sequence[Receipt]:
-        """Store messages durably, all or none, in order per key; those with ``due`` appear when it has come.
+        """Store messages durably, in order per key; those with ``due`` appear when it has come.
 
+        All or none where ``features.atomic``. Elsewhere PublishUnknown names those that are not known to be stored, and
+        no message of a key is sent before the one ahead of it is confirmed, so that none can be overtaken.
         Raises UnknownTopic, TooLarge, StorageFull, Unavailable (not stored), PublishUnknown (maybe stored).
         """
         ...

@@ -83,7 +83,7 @@ class Partition:
 class Delivery(Struct, gc=False):
     """A message handed to a group: where it stands, and whether an earlier owner may have seen it.
 
-    ``offset`` orders the events of a partition. ``replay`` is the id of the replay that it belongs to, or empty.
+    ``offset`` orders the events of a partition and names this one for every owner to come. ``replay`` is the id of the replay that it belongs to, or empty.
     """
 
     message: Message
@@ -116,7 +116,7 @@ class Settlement(Struct, gc=False):
 
 
 class Failure(Struct):
-    """A settlement that was not carried out: nothing of it is stored."""
+    """A settlement that was not carried out: it is not acked, and on an atomic broker nothing of it is stored."""
 
     settlement: Settlement
     error: StentorError
