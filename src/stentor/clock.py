@@ -16,7 +16,7 @@ Duration = str | timedelta
 """A length of time: ``"200ms"``, ``"30s"``, ``"5m"``, ``"12h"``, ``"30d"``, or a timedelta."""
 
 _UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0, "w": 604800.0}
-_DURATION = re.compile(r"(\d+(?:\.\d+)?)(ms|s|m|h|d|w)")
+_DURATION = re.compile(r"([0-9]+(?:\.[0-9]+)?)(ms|s|m|h|d|w)")
 
 
 def seconds(duration: Duration, what: str = "duration") -> float:

@@ -11,7 +11,7 @@ from stentor.clock import Duration
 from stentor.context import FIRING, Firing
 from stentor.errors import DefinitionError, DuplicateType
 from stentor.event import EventSpec, Topic, check_name, spec_of
-from stentor.handler import Batch, Handler
+from stentor.handler import Batch, Handler, local_names
 from stentor.message import Message
 from stentor.retry import Retry
 from stentor.schedule import Cron, Every, Missed, Timer
@@ -259,7 +259,7 @@ def on(
 
     def decorate(function: F) -> F:
         options = {"types": types, "topic": topic, "retry": retry, "timeout": timeout, "where": where, "batch": batch}
-        function.__dict__.setdefault("__stentor_on__", []).append(options)
+        function.__dict__.setdefault("__stentor_on__", []).append((options, local_names()))
         return function
 
     return decorate
@@ -270,8 +270,10 @@ def component_group(component: object) -> Group:
     cls = type(component)
     group = Group()
     for name, member in inspect.getmembers(cls, callable):
-        for options in getattr(member, "__stentor_on__", ()):
-            group.add_handler(Handler(getattr(component, name), **options))
+        for options, local in getattr(member, "__stentor_on__", ()):
+            handler = Handler(getattr(component, name), **options)
+            handler.local = local
+            group.add_handler(handler)
     if not group.handlers:
         raise DefinitionError(f"{cls.__qualname__} is no Group, and no method of it carries @stentor.on(...)")
     return group

@@ -30,7 +30,7 @@ class Batch:
     __slots__ = ("size", "wait")
 
     def __init__(self, size: int = 100, wait: Duration = "0ms") -> None:
-        if not isinstance(size, int) or size < 1:
+        if type(size) is not int or size < 1:
             raise DefinitionError(f"Batch: size must be a whole number from 1, not {size!r}")
         self.size = size
         self.wait = seconds(wait, "Batch: wait")
@@ -65,6 +65,7 @@ class Handler:
         if batch is not None and not isinstance(batch, Batch):
             raise DefinitionError(f"{self.name}: batch must be a Batch, not {batch!r}")
         self.batch = batch
+        self.local = local_names()
         self.where, self.where_sql = _filter(where, self.name)
 
     @property
@@ -83,7 +84,7 @@ class Handler:
     @property
     def returns(self) -> tuple[type, ...]:
         """The event classes that its return annotation names."""
-        return _events(_resolve(inspect.signature(self.function).return_annotation, self.function))
+        return _events(_resolve(inspect.signature(self.function).return_annotation, self.function, self.local))
 
     def compile(self, scope: AppScope, overrides: dict[Any, Any] | None = None) -> Invoke:
         """The callable that the worker runs.
@@ -117,8 +118,22 @@ def _filter(where: Any, name: str) -> tuple[Callable[[Any], bool] | None, Callab
 _UNKNOWN = object()
 
 
-def _resolve(annotation: Any, function: Callable[..., Any]) -> Any:
-    """An annotation as an object; _UNKNOWN when it is a text that names something local."""
+def local_names() -> dict[str, Any]:
+    """The classes and functions that are local where a handler is being declared, for annotations that are texts."""
+    frame = inspect.currentframe()
+    while frame is not None and frame.f_globals.get("__name__") in ("stentor.handler", "stentor.group", "stentor.app"):
+        frame = frame.f_back
+    found: dict[str, Any] = {}
+    while frame is not None and frame.f_code.co_name != "<module>":
+        found = {name: value for name, value in frame.f_locals.items() if callable(value)} | found
+        if "__qualname__" not in frame.f_locals:
+            break  # a function: what is around it is not in its caller's frame; only a class body's is
+        frame = frame.f_back
+    return found
+
+
+def _resolve(annotation: Any, function: Callable[..., Any], local: dict[str, Any]) -> Any:
+    """An annotation as an object; _UNKNOWN when it is a text that names nothing known."""
     if not isinstance(annotation, str):
         return annotation
     target = inspect.unwrap(function)
@@ -126,7 +141,7 @@ def _resolve(annotation: Any, function: Callable[..., Any]) -> Any:
         target = target.func
     if inspect.ismethod(target):
         target = target.__func__
-    names = dict(getattr(target, "__globals__", {}))
+    names = {**getattr(target, "__globals__", {}), **local}
     closure = getattr(target, "__closure__", None)
     code = getattr(target, "__code__", None)
     if closure and code:
@@ -153,7 +168,7 @@ def _check_event_parameter(handler: Handler, parameter: inspect.Parameter, funct
     if parameter.annotation is inspect.Parameter.empty:
         expected = " | ".join(cls.__name__ for cls in handler.types) or ("Message" if handler.topic else "Firing")
         raise DefinitionError(f"{where} has no annotation; write {parameter.name}: {expected}")
-    annotation = _resolve(parameter.annotation, function)
+    annotation = _resolve(parameter.annotation, function, handler.local)
     if annotation is _UNKNOWN or annotation is Any:
         return
     if handler.batch is not None:
@@ -181,7 +196,7 @@ def _show(annotation: Any) -> str:
 
 
 def _check_return(handler: Handler, function: Callable[..., Any]) -> None:
-    annotation = _resolve(inspect.signature(function).return_annotation, function)
+    annotation = _resolve(inspect.signature(function).return_annotation, function, handler.local)
     if annotation in (inspect.Signature.empty, _UNKNOWN, None, Any, type(None)):
         return
     bad = _not_events(annotation)
@@ -254,17 +269,20 @@ class AppScope:
 _Resolver = Callable[[Context, Any, AsyncExitStack | None], Any]
 
 
-def _dependency(depends: Depends, owner: str, scope: AppScope, overrides: dict[Any, Any]) -> _Resolver:
+def _dependency(
+    depends: Depends, owner: str, scope: AppScope, overrides: dict[Any, Any], local: dict[str, Any]
+) -> _Resolver:
     """A coroutine function that makes a dependency's value and registers its closing."""
     function = overrides.get(depends.function, depends.function)
     label = f"{owner}: Depends({getattr(function, '__name__', function)!s})"
     if not callable(function):
         raise DefinitionError(f"{label} is not callable")
     target = inspect.unwrap(function)
-    parameters = _parameters(function, list(inspect.signature(function).parameters.values()), label, scope, overrides)
+    taken = list(inspect.signature(function).parameters.values())
+    parameters = _parameters(function, taken, label, scope, overrides, local)
     if depends.scope == "app" and parameters:
-        for parameter in inspect.signature(function).parameters.values():
-            found = _depends_of(_resolve(parameter.annotation, function))
+        for parameter in taken:
+            found = _depends_of(_resolve(parameter.annotation, function, local))
             if found is None or found.scope != "app":
                 raise DefinitionError(f"{label}: with scope='app' it can depend only on others of that scope")
     if inspect.isasyncgenfunction(target) and target is function:
@@ -304,16 +322,17 @@ def _parameters(
     owner: str,
     scope: AppScope,
     overrides: dict[Any, Any],
+    local: dict[str, Any],
 ) -> dict[str, _Resolver]:
     """A resolver for each parameter that is injected by its annotation."""
     found: dict[str, _Resolver] = {}
     for parameter in parameters:
         if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
             continue
-        annotation = _resolve(parameter.annotation, function)
+        annotation = _resolve(parameter.annotation, function, local)
         depends = _depends_of(annotation)
         if depends is not None:
-            found[parameter.name] = _dependency(depends, owner, scope, overrides)
+            found[parameter.name] = _dependency(depends, owner, scope, overrides, local)
         elif annotation is Context:
             found[parameter.name] = lambda context, event, stack: context
         elif annotation is Message:
@@ -332,8 +351,8 @@ def _compile(handler: Handler, function: Callable[..., Any], scope: AppScope, ov
     parameters = list(inspect.signature(function).parameters.values())
     owner = f"handler {handler.place}"
     timer = not handler.types and handler.topic is None
-    positional = 0
-    if parameters and not (timer and _resolve(parameters[0].annotation, function) is not Firing):
+    positional, local = 0, handler.local
+    if parameters and not (timer and _resolve(parameters[0].annotation, function, local) is not Firing):
         if parameters[0].kind is inspect.Parameter.KEYWORD_ONLY:
             raise DefinitionError(f"{owner}: its first parameter is the event and cannot be keyword-only")
         _check_event_parameter(handler, parameters[0], function) if not timer else None
@@ -341,8 +360,8 @@ def _compile(handler: Handler, function: Callable[..., Any], scope: AppScope, ov
     elif not timer:
         raise DefinitionError(f"{owner}: it takes no parameter; its first parameter is the event")
     _check_return(handler, function)
-    injected = _parameters(function, parameters[positional:], owner, scope, overrides)
-    scoped = any(_depends_of(_resolve(parameter.annotation, function)) for parameter in parameters[positional:])
+    injected = _parameters(function, parameters[positional:], owner, scope, overrides, local)
+    scoped = any(_depends_of(_resolve(parameter.annotation, function, local)) for parameter in parameters[positional:])
 
     call: Callable[..., Any]
     if inspect.isasyncgenfunction(function):
@@ -365,7 +384,7 @@ def _compile(handler: Handler, function: Callable[..., Any], scope: AppScope, ov
         only is not None
         and positional
         and not scoped
-        and _resolve(next(p.annotation for p in parameters if p.name == only), function) is Context
+        and _resolve(next(p.annotation for p in parameters if p.name == only), function, local) is Context
     ):
         return lambda event, context: call(event, **{only: context})
 

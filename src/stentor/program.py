@@ -77,9 +77,15 @@ class Program:
             )
 
     async def open(self, *, on_fatal: Callable[[BaseException], None] | None = None, new_groups: bool = False) -> None:
-        """Connect and declare. Raises DefinitionError, GroupsChanged, Unsupported or a BrokerError."""
+        """Connect and declare, after a look at the handlers.
+
+        Raises DefinitionError (nothing is declared then), GroupsChanged, Unsupported or a BrokerError.
+        """
         self._on_fatal = on_fatal
         self.runtime = Runtime(self._app, self.encode, self._fatal, self.declare_new, asyncio.get_running_loop())
+        for group in self.groups.values():
+            for handler in [*group.handlers, *(handler for _, handler in group.timers)]:
+                handler.compile(self.scope, self._overrides)
         if self._owns_broker:
             await self.broker.open()
         try:

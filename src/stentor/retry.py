@@ -35,7 +35,7 @@ class Retry:
     _longest: float = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        if self.attempts is not None and (not isinstance(self.attempts, int) or self.attempts < 1):
+        if self.attempts is not None and (type(self.attempts) is not int or self.attempts < 1):
             raise DefinitionError(f"Retry: attempts must be a whole number from 1, or None, not {self.attempts!r}")
         if self.factor < 1:
             raise DefinitionError(f"Retry: factor must be at least 1, not {self.factor!r}")
