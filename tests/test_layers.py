@@ -180,7 +180,8 @@ def test_each_breach_is_found(tmp_path: Path, file: str, text: str, complaint: s
 def test_files_stay_readable() -> None:
     lengths = {path.relative_to(SOURCE): path.read_bytes().count(b"\n") for path in modules(SOURCE).values()}
     assert {str(path): lines for path, lines in lengths.items() if lines > LINES_OF_A_FILE} == {}
-    assert sum(lengths.values()) <= LINES_IN_ALL
+    suite = Path("testing", "conformance")  # tests that ship with the package, and grow with the contract
+    assert sum(lines for path, lines in lengths.items() if suite not in path.parents) <= LINES_IN_ALL
 
 
 def test_importing_stentor_is_light() -> None:

@@ -1,8 +1,9 @@
 """The contract between Stentor and a message queue: read this first when writing a broker.
 
 A broker is a log of messages per topic, split into partitions by key. A group reads every topic it subscribes to;
-each of its partitions has one owner at a time, fenced by an epoch. Beside the log, each group x partition has a journal:
-a small durable map of names to bytes that only the owner writes (marks, which outsiders leave for the owner, excepted).
+each of its partitions has one owner at a time, fenced by an epoch. Beside the log, each group x partition has a
+journal: a small durable map of names to bytes that only the owner writes (marks excepted, which outsiders leave for
+the owner).
 Retry, delay between attempts, dead letters, redrive and cron are built on these by the worker, once for all brokers.
 """
 

@@ -83,7 +83,8 @@ class Partition:
 class Delivery(Struct, gc=False):
     """A message handed to a group: where it stands, and whether an earlier owner may have seen it.
 
-    ``offset`` orders the events of a partition and names this one for every owner to come. ``replay`` is the id of the replay that it belongs to, or empty.
+    ``offset`` orders the events of a partition and names this one for every owner to come.
+    ``replay`` is the id of the replay that it belongs to, or empty.
     """
 
     message: Message

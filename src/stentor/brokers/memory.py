@@ -224,7 +224,14 @@ class MemoryBroker:
 
     def _low(self, group: _Group, topic: str) -> int:
         """The first offset that a group may still need."""
-        return min(group.place(topic, slot)[0] for slot in range(SLOTS))
+        log = self._logs[topic]
+        places = [group.place(topic, slot) for slot in range(SLOTS)]
+        for index, slot in enumerate(log.slots):
+            prefix, done = places[slot]
+            offset = log.base + index
+            if offset >= prefix and offset not in done:
+                return offset
+        return log.end
 
     def _set_timer(self) -> None:
         if self._timer is not None:
@@ -525,6 +532,8 @@ class MemoryConsumer:
                         journal[name] = value
             if settlement.outcome is Outcome.ACK:
                 track.settle(settlement.offset)
+        if self._broker._space:  # publishers wait: what is settled now may be room for them
+            self._broker._trim()
         return failures
 
     def _refusal(self, outputs: Sequence[Message]) -> StentorError | None:

@@ -11,7 +11,7 @@ from stentor.broker import Owner
 from stentor.brokers.log import Track, quota
 from stentor.brokers.sqlite_file import Row, Tx
 from stentor.brokers.sqlite_rows import PAGE, SLOTS, decode_done, encode_done, make_message
-from stentor.errors import LeaseLost, PublishUnknown, StentorError
+from stentor.errors import LeaseLost, PublishUnknown, StentorError, Unavailable
 from stentor.message import Delivery, Failure, Mark, Outcome, Partition, Settlement
 from stentor.subscription import Subscription
 
@@ -200,11 +200,13 @@ class SqliteConsumer:
     # ---- reading --------------------------------------------------------------------------------------------------
 
     async def fetch(self, limit: int, wait: float) -> Sequence[Delivery]:
+        if self.broker.file.closed and not self.closed:
+            raise Unavailable(f"{self.broker.path} was closed under its consumers")
         found = self._collect(limit)
         if found or self.closed:
             return found
         await self.broker.wait(min(wait, 1.0))
-        return [] if self.closed else self._collect(limit)
+        return [] if self.closed or self.broker.file.closed else self._collect(limit)
 
     def _collect(self, limit: int) -> list[Delivery]:
         found: list[Delivery] = []
