@@ -86,6 +86,7 @@ class Stentor(click.Group):
 
 
 @click.group(
+    "stentor",
     cls=Stentor,
     invoke_without_command=True,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},

@@ -15,7 +15,10 @@ from stentor.errors import Unsupported
 @click.argument("id")
 @broker_option
 def cancel(id: str, url: str | None) -> None:
-    """Drop a delayed event that has not fallen due, by the ID that its publish gave."""
+    """Drop a delayed event that has not fallen due.
+
+    ID is what its publish gave.
+    """
     if not with_broker(url, lambda broker: _cancel(broker, id)):
         raise NotFound(
             f"no delayed event {id!r} waits: it has fallen due, was cancelled before, or was never published"

@@ -62,7 +62,7 @@ def _say(label: str, colour: str, text: str) -> None:
 
 
 def fold(text: str, first: int, rest: int) -> str:
-    """A text in lines of whole words as wide as the terminal; room for an indent is left in the first, the others have it.
+    """A text in lines of whole words as wide as the terminal; the first leaves room for its indent, the others have it.
 
     For a terminal only: elsewhere a line stays one, so that it can be searched for.
     """

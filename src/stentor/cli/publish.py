@@ -69,9 +69,9 @@ def publish(
     its name only. JSON is an object, or @FILE, or - for standard input; FILE and standard input hold one object a line.
 
     \b
-      stentor publish shop.app:app com.shop.order.placed '{"order_id": "1", "amount": 9.5}'
-      stentor publish com.shop.order.placed '{"order_id": "1"}' --topic orders --key 1
-      stentor publish shop.app:app com.shop.order.placed - < orders.jsonl
+      stentor publish shop.app order.placed '{"order_id": "1", "amount": 9.5}'
+      stentor publish order.placed '{"order_id": "1"}' --topic orders --key 1
+      stentor publish shop.app order.placed - < orders.jsonl
     """  # noqa: D301
     if len(what) not in (2, 3):
         raise click.UsageError("say [MODULE:APP] TYPE JSON; quote the JSON, so that the shell leaves it whole")

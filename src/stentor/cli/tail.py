@@ -54,7 +54,9 @@ def tail(
     url: str | None,
     as_json: bool,
 ) -> None:
-    """Show events as they are published; all topics, or some. It takes nothing from anybody.
+    """Show events as they are published.
+
+    All topics, or those named; it takes nothing from anybody.
 
     --json prints CloudEvents in JSON, with the topic as an extension.
 
