@@ -280,7 +280,9 @@ class App:
         if self._program is not None:
             raise DefinitionError(f"app {self.name!r} is running or connected already")
         groups = self.groups()
-        for group in groups.values():
+        for name, group in groups.items():
+            if not (group.handlers or group.timers or group.sources):
+                raise DefinitionError(f"group {name} has no handler")
             for handler in group.handlers:
                 for cls in handler.types:
                     self.catalog.add(cls, f"{handler.place}: ")
@@ -337,8 +339,9 @@ class App:
                 self._program = None
 
     async def __aenter__(self) -> Self:
-        self._running = self.running()
-        await self._running.__aenter__()
+        running = self.running()
+        await running.__aenter__()
+        self._running = running
         return self
 
     async def __aexit__(self, *error: object) -> bool | None:

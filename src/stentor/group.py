@@ -244,7 +244,7 @@ class Group:
             return timer.name
         for source in self.sources:
             return source.name
-        raise DefinitionError(f"group {self.name or ''} has no handler")
+        raise DefinitionError("a group without a name takes that of its first handler, and has none yet")
 
 
 def on(
