@@ -9,8 +9,11 @@ from datetime import UTC, datetime
 import click
 import msgspec
 
+from stentor.cli.exits import fold
+
 _EXTRA = ("group", "event_id", "event_type", "event_key", "attempt")
 """What a handler's ``ctx.log`` adds to a record."""
+_SHORT = {logging.WARNING: "WARN", logging.CRITICAL: "FATAL"}
 _COLOURS = {logging.DEBUG: "bright_black", logging.WARNING: "yellow", logging.ERROR: "red", logging.CRITICAL: "red"}
 
 
@@ -29,7 +32,12 @@ class _Lines(logging.Formatter):
             text = f"{name}: {text}"
         when = datetime.fromtimestamp(record.created).astimezone()
         if self._colour:
-            level = click.style(f"{record.levelname[:5]:5}", fg=_COLOURS.get(record.levelno, "green"))
+            if "\n" not in text:
+                edge = len(f"00:00:00.000 {'':5} {self._prefix}")
+                text = fold(text, edge, edge + 2)
+            level = click.style(
+                f"{_SHORT.get(record.levelno, record.levelname):5}", fg=_COLOURS.get(record.levelno, "green")
+            )
             start = click.style(f"{when:%H:%M:%S}.{int(record.msecs):03}", dim=True)
             text = f"{start} {level} {self._prefix}{text}"
         else:
