@@ -6,6 +6,7 @@ import asyncio
 import logging
 import random
 import shutil
+import signal
 import tempfile
 import time
 from collections.abc import AsyncIterator
@@ -69,6 +70,8 @@ def demo(ctx: click.Context, keep: bool, source: bool) -> None:
         click.echo(Path(shop.__file__).read_text(encoding="utf-8"), nl=False)
         return
     logging.getLogger("stentor").setLevel(logging.CRITICAL)  # what fails is part of the story here
+    for number in (signal.SIGTERM, signal.SIGHUP):  # so that the file goes also when the terminal is closed
+        signal.signal(number, signal.default_int_handler)
     folder = Path(tempfile.mkdtemp(prefix="stentor-demo-"))
     path = folder / "shop.db"
     try:
@@ -181,7 +184,7 @@ def _next_steps(kept: Path | None) -> None:
     steps = [
         ("stentor demo --source", "the program that you saw"),
         ("stentor new myshop", "a project of your own, with a test"),
-        ("stentor run MODULE:APP", "run it; --broker takes it to another message queue"),
+        ("stentor run MODULE:APP", "run it; --broker names another broker"),
     ]
     if kept is not None:
         steps[:0] = [
