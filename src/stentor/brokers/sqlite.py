@@ -387,7 +387,7 @@ class SqliteBroker:
     async def _return(self) -> None:
         """This process was silent for too long and lost its place: come back as a new member."""
         for consumer in self._consumers:
-            consumer.lose(consumer.partitions())
+            consumer.lose(list(consumer._owned))
         self._worker = 0
         self._evicted = False
         await self.file.submit(lambda tx: self._register(tx, self._consumers))
@@ -396,7 +396,10 @@ class SqliteBroker:
         async with consumer.lock:
             if consumer.closed or not self._needs_share(consumer):
                 return
-            surplus, gained = await self.file.submit(consumer.balance)
+            known = dict(consumer._owned)
+            lost, surplus, gained = await self.file.submit(lambda tx: consumer.balance(tx, known))
+            if lost:
+                consumer.lose(lost)
             if surplus:
                 await consumer.give_up(surplus)
             if gained:

@@ -229,7 +229,8 @@ class SqliteAdmin:
             )
         # The value of a hold begins with the offset of its dead letter.
         db.execute(
-            f"DELETE FROM stentor_journal WHERE {where} AND name GLOB 'k/*' AND substr(value, 1, 20) >= CAST(? AS BLOB)",
+            f"DELETE FROM stentor_journal WHERE {where} AND name GLOB 'k/*' "
+            "AND substr(value, 1, 20) >= CAST(? AS BLOB)",
             (group, topic, f"{position:020d}"),
         )
 

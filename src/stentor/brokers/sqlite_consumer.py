@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import TYPE_CHECKING, Any
 
 from stentor.broker import Owner
@@ -52,8 +52,12 @@ class SqliteConsumer:
 
     # ---- ownership ------------------------------------------------------------------------------------------------
 
-    def balance(self, tx: Tx) -> tuple[list[int], list[Any]]:
-        """In a transaction: drop dead members, take free slots up to the quota; slots to give up, slots gained."""
+    def balance(self, tx: Tx, known: dict[int, int]) -> tuple[list[int], list[int], list[Any]]:
+        """In a transaction: drop dead members, take free slots up to the quota.
+
+        ``known`` is what this consumer believes it owns (slot -> epoch). Returns the slots of it that are lost, those
+        to give up, and what is gained.
+        """
         db, group = tx.db, self.group
         now = time.monotonic()
         members = db.execute(
@@ -80,13 +84,16 @@ class SqliteConsumer:
         ).fetchall()
         if self.member not in living:
             self.broker._evicted = True
-            return [], []
+            return [], [], []
+        held = {slot: epoch for slot, member, epoch, _ in slots if member == self.member}
+        lost = [slot for slot, epoch in known.items() if held.get(slot) != epoch]
         names = [f"{member:020d}" for member in living]
         fair = quota(names, f"{self.member:020d}", SLOTS, single=self.subscription.single)
-        mine = [slot for slot, member, _, _ in slots if member == self.member]
+        mine = [slot for slot in held if slot in known and slot not in lost]
         gained: list[Any] = []
         for slot, member, epoch, clean in slots:
-            if member is None and len(mine) + len(gained) < fair:
+            # Also what the file says is ours and this consumer does not hold: it begins anew, under a new epoch.
+            if (member is None or (slot in held and slot not in mine)) and len(mine) + len(gained) < fair:
                 db.execute(
                     "UPDATE stentor_slot SET member = ?, epoch = ?, clean = 1 WHERE grp = ? AND slot = ?",
                     (self.member, epoch + 1, group, slot),
@@ -96,8 +103,11 @@ class SqliteConsumer:
                     "ON r.grp = p.grp AND r.topic = p.topic WHERE p.grp = ? AND p.slot = ?",
                     (group, slot),
                 ).fetchall()
-                gained.append((slot, epoch + 1, bool(clean), places, tx.last))
-        return mine[fair:], gained
+                gained.append((slot, epoch + 1, bool(clean) and member is None, places, tx.last))
+            elif slot in held and slot not in mine:
+                db.execute("UPDATE stentor_slot SET member = NULL, clean = 0 WHERE grp = ? AND slot = ?", (group, slot))
+                tx.regrouped = True
+        return lost, mine[fair:], gained
 
     async def take(self, gained: list[Any]) -> None:
         """Begin to own slots: the worker loads their journals, then they are fetched from."""
@@ -125,8 +135,10 @@ class SqliteConsumer:
         """Let the worker finish what runs of the slots, then free them."""
         partitions = [p for p in self.partitions() if p.index in slots]
         await self.owner.revoked(partitions)
-        await self.broker.file.submit(self._releasing(slots))
+        release = self._releasing(slots)
+        # Before the release is under way: what is settled from now on must not count on these.
         self._forget(slots)
+        await self.broker.file.submit(release)
 
     def _releasing(self, slots: Sequence[int]) -> Callable[[Tx], None]:
         places = self._moved(slots)
@@ -179,13 +191,12 @@ class SqliteConsumer:
     def _note_failure(future: asyncio.Future[Any]) -> None:
         future.add_done_callback(lambda done: None if done.cancelled() else done.exception())
 
-    def lose(self, partitions: Sequence[Partition]) -> None:
-        """Others own these by now."""
-        self.owner.lost(partitions)
-        self._forget({partition.index for partition in partitions} | (set(self._owned) if not partitions else set()))
-        self.balanced = None
+    def lose(self, slots: Collection[int]) -> None:
+        """Others own these by now, or will."""
+        self.owner.lost([partition for partition in self.partitions() if partition.index in slots])
+        self._forget(slots)
 
-    def _forget(self, slots: Any) -> None:
+    def _forget(self, slots: Collection[int]) -> None:
         for slot in slots:
             self._owned.pop(slot, None)
             for tracks in self._tracks.values():
@@ -262,7 +273,7 @@ class SqliteConsumer:
                     track.settle(settlement.offset)
         if accepted:
             written = [(s, rows) for s, rows in accepted if rows or s.records]
-            places = self._moved()
+            places, epochs = self._moved(), dict(self._owned)
             try:
                 lost = await self.broker.file.submit(self._settling(written, places, self._expected, now))
             except BaseException as error:
@@ -272,8 +283,7 @@ class SqliteConsumer:
                     self._unwritten(number, slot)
                 raise
             if lost:
-                partitions = [p for p in self.partitions() if p.index in lost]
-                self.lose(partitions)
+                self.lose([slot for slot in lost if self._owned.get(slot) == epochs.get(slot)])
                 failures += [
                     Failure(s, LeaseLost(f"{s.partition!r} was taken over"))
                     for s, _ in accepted
