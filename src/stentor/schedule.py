@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Literal
@@ -31,7 +30,9 @@ class Every:
 
     def after(self, moment: float) -> float:
         """The first firing time after ``moment`` (seconds since the epoch)."""
-        return (math.floor(moment / self.period + 1e-9) + 1) * self.period
+        # In whole microseconds: with floats a firing time could follow itself, without end.
+        period = round(self.period * 1e6)
+        return (round(moment * 1e6) // period + 1) * period / 1e6
 
 
 class Cron:
