@@ -1,3 +1,5 @@
+"""The memory broker keeps the contract."""
+
 import pytest
 
 from stentor.testing.conformance import Conformance

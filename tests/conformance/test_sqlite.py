@@ -1,11 +1,22 @@
+"""The sqlite broker keeps the contract, in one process and over several."""
+
 from pathlib import Path
 
 import pytest
 
-from stentor.testing.conformance import Conformance
+from stentor.testing.conformance import Faults, Rules, Soak
 
 
-class TestSqlite(Conformance):
+class Sqlite:
     @pytest.fixture
     def broker_url(self, tmp_path: Path) -> str:
         return f"sqlite:///{tmp_path}/events.db?lease=1&beat=0.25"
+
+
+class TestSqlite(Sqlite, Rules):
+    pass
+
+
+@pytest.mark.slow
+class TestSqliteProcesses(Sqlite, Faults, Soak):
+    pass

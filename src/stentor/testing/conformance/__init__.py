@@ -8,16 +8,33 @@
             return "mine://localhost"  # a fresh, empty broker for each test
 
 It runs under pytest with pytest-asyncio in auto mode. Names of tests say the rule: ``test_r04_...`` is of rule 4.
-A feature that ``Features`` denies is tested to be refused, never skipped.
+A feature that ``Features`` denies is tested to be refused, never skipped. ``Rules`` are those tests that need one
+process, ``Faults`` those that kill, pause and stop members, ``Soak`` mixes faults at random; Conformance is all three.
 """
 
 from __future__ import annotations
 
-import pytest
+from typing import TYPE_CHECKING, Any
 
-_PARTS = ("dead_letters", "groups", "order", "publishing", "refusals", "replays", "retries", "stage", "suite")
-pytest.register_assert_rewrite(*(f"{__name__}.{part}" for part in _PARTS))
+if TYPE_CHECKING:
+    from stentor.testing.conformance.suite import Conformance, Faults, Rules, Soak
 
-from stentor.testing.conformance.suite import Conformance, Rules  # noqa: E402  the line above comes first
+__all__ = ["Conformance", "Faults", "Rules", "Soak"]
 
-__all__ = ["Conformance", "Rules"]
+_TESTS = (
+    "crashes", "dead_letters", "fleet", "groups", "order", "publishing", "refusals", "replays", "retries", "soak",
+    "stage", "suite",
+)  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+    # Imported when asked for: the suite's own processes need no pytest.
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    import pytest
+
+    pytest.register_assert_rewrite(*(f"{__name__}.{part}" for part in _TESTS))
+    from stentor.testing.conformance import suite
+
+    globals().update({known: getattr(suite, known) for known in __all__})
+    return globals()[name]

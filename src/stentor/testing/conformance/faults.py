@@ -33,6 +33,8 @@ class FaultyBroker:
         """Raised by a publish after it stored the messages."""
         self.gone = False
         """The process died: nothing returns any more."""
+        self.paused = False
+        """The process stands still: nothing is fetched."""
         self.consumers: list[FaultyConsumer] = []
 
     def __repr__(self) -> str:
@@ -93,6 +95,8 @@ class FaultyConsumer:
     async def fetch(self, limit: int, wait: float) -> Sequence[Delivery]:
         await self._broker.check()
         found = await self.inner.fetch(limit, wait)
+        if self._broker.paused:
+            await asyncio.get_running_loop().create_future()
         at = self._broker.at
         if at is not None:
             for delivery in found:
