@@ -27,6 +27,7 @@ async def run_batch(worker: Worker, route: Route, task: asyncio.Task[None]) -> N
         if not lane.share.gone and lane.head is not None:
             lanes.append(lane)
     worker.arm(route)
+    worker.poke()
     if not lanes:
         return
     for lane in lanes:

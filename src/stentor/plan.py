@@ -27,6 +27,9 @@ class Route:
     pending: deque[Lane] = field(default_factory=deque)
     """For a batch handler: lanes whose head waits for the next batch."""
     armed: bool = False
+    """A batch is about to be taken."""
+    waiting: bool = False
+    """... after its wait, or when it is full."""
 
 
 Duty = Callable[["Duties"], Awaitable[None]]

@@ -53,6 +53,7 @@ class Worker:
         self.runners: dict[asyncio.Task[None], Lane | None] = {}
         self._idle: list[asyncio.Future[None]] = []
         self._poking = False
+        self._batches = any(r.handler.batch is not None for r in [*plan.routes.values(), *plan.topics.values()])
         self._batch: list[tuple[Settlement, After | None]] = []
         self._settling: list[tuple[Settlement, After | None]] = []
         self._revoking = 0
@@ -299,7 +300,7 @@ class Worker:
 
     def make_ready(self, lane: Lane) -> None:
         assert lane.head is not None
-        route = self.route(lane.head.message)
+        route = self.route(lane.head.message) if self._batches else None
         if route is None or route.handler.batch is None:
             self._ready.append(lane)
             return
@@ -309,18 +310,20 @@ class Worker:
     def arm(self, route: Route) -> None:
         """Let a runner take the next batch: at once when it is full or need not wait, else after its wait."""
         batch = route.handler.batch
-        if batch is None or route.armed and len(route.pending) < batch.size:
+        if batch is None or route.armed or not route.pending:
             return
         if batch.wait == 0 or len(route.pending) >= batch.size:
-            if not route.armed:
-                route.armed = True
-                self._ready.append(route)
-        else:
             route.armed = True
+            self._ready.append(route)
+        elif not route.waiting:
+            route.waiting = True
 
             def due() -> None:
-                self._ready.append(route)
-                self.poke()
+                route.waiting = False
+                if route.pending and not route.armed:
+                    route.armed = True
+                    self._ready.append(route)
+                    self.poke()
 
             self.clock.call_later(batch.wait, due)
 
@@ -388,7 +391,7 @@ class Worker:
                 turn = 0
                 continue
             entry = ready.popleft()
-            if ready:
+            if ready and not self._poking:
                 self.poke()
             turn += 1
             if turn & 127 == 0:

@@ -1,0 +1,39 @@
+"""When a batch handler has nothing to do, its worker does nothing."""
+
+import asyncio
+from typing import Any
+
+import pytest
+
+from stentor import App, Batch, Event
+from stentor import worker as worker_module
+from stentor.batches import run_batch
+
+
+class Tick(Event, topic="ticks", key=None, type="com.example.tick"):
+    n: int
+
+
+@pytest.mark.parametrize("wait", ["0ms", "1ms"])
+async def test_an_idle_batch_handler_takes_no_turns(monkeypatch: pytest.MonkeyPatch, wait: str) -> None:
+    app = App("idle", broker="memory://")
+    handled = asyncio.Event()
+    takes = 0
+
+    @app.on(Tick, batch=Batch(size=10, wait=wait))
+    async def many(ticks: list[Tick]) -> None:
+        handled.set()
+
+    async def counted(*args: Any) -> None:
+        nonlocal takes
+        takes += 1
+        await run_batch(*args)
+
+    monkeypatch.setattr(worker_module, "run_batch", counted)
+    async with app:
+        await app.publish(Tick(n=1))
+        await asyncio.wait_for(handled.wait(), 10)
+        after = takes
+        for _ in range(100):
+            await asyncio.sleep(0.001)
+        assert takes == after
