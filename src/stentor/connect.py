@@ -16,6 +16,7 @@ from stentor.event import check_name
 
 T = TypeVar("T")
 
+
 class BrokerUrl:
     """A parsed broker URL; options are taken one by one, and ``finish`` refuses what nobody took.
 
@@ -25,7 +26,9 @@ class BrokerUrl:
 
     def __init__(self, text: str) -> None:
         if not isinstance(text, str) or "://" not in text:
-            raise ConfigError(f"broker {_hide(str(text))!r} is no URL; write for example sqlite:///stentor.db or memory://")
+            raise ConfigError(
+                f"broker {_hide(str(text))!r} is no URL; write for example sqlite:///stentor.db or memory://"
+            )
         parts = urlsplit(text)
         self.scheme = parts.scheme
         self.host = parts.netloc.rpartition("@")[2]
@@ -111,7 +114,8 @@ def connect(url: str, clock: Clock | None = None) -> Broker:
 
 def broker_url(given: str | None = None) -> str:
     """The broker URL in force: the given one, else $STENTOR_BROKER, else the file named by $STENTOR_BROKER_FILE,
-    else ``sqlite:///stentor.db``."""
+    else ``sqlite:///stentor.db``.
+    """
     if given:
         return given
     if url := os.environ.get("STENTOR_BROKER"):

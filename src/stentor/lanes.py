@@ -28,7 +28,7 @@ from stentor.message import Delivery, ErrorRecord, Message, Partition
 class Parked(Struct, frozen=True, kw_only=True, omit_defaults=True):
     """An event in the journal: how often it failed and how, and when it runs again (seconds since the epoch).
 
-    ``waits`` marks an event of a newer version, which only a newer program can read. ``replay`` is that of its delivery.
+    ``waits`` marks an event of a newer version, which only a newer program can read; ``replay`` is its delivery's.
     """
 
     message: Message
@@ -70,8 +70,10 @@ class Try:
 
 
 class Lane:
-    """The events of one key, one at a time: ``head`` runs or is next, ``rest`` waits in memory, ``stored`` behind it in
-    the journal (names, in order)."""
+    """The events of one key, one at a time.
+
+    ``head`` runs or is next, ``rest`` waits in memory, ``stored`` behind it in the journal (names, in order).
+    """
 
     __slots__ = ("busy", "due", "head", "held", "key", "loading", "rest", "share", "since", "stored")
 

@@ -19,7 +19,6 @@ from stentor.context import derived_id
 from stentor.errors import LeaseLost, StentorError
 from stentor.lanes import Lane, Parked, Try, decode_parked, insert_sorted, offset_of, split_stored, stored_name
 from stentor.message import DeadLetter, Delivery, ErrorRecord, Mark, Message, Outcome, Settlement, dead_topic
-from stentor.plan import Route
 
 if TYPE_CHECKING:
     from stentor.worker import Worker
@@ -76,7 +75,9 @@ class Parking:
         name = kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
         return ErrorRecord(self._worker.clock.now(), name, str(error)[:2000], trace)
 
-    def park(self, lane: Lane, delivery: Delivery, attempt: Try | None, *, due: float = 0.0, waits: bool = False) -> None:
+    def park(
+        self, lane: Lane, delivery: Delivery, attempt: Try | None, *, due: float = 0.0, waits: bool = False
+    ) -> None:
         """Move the head, and what waits behind it, to the journal; the lane goes on when ``due`` has come."""
         share = lane.share
         share.tries.pop(delivery.offset, None)
@@ -127,9 +128,7 @@ class Parking:
         lane.stored = insert_sorted(lane.stored, names)
         self.keep(lane)
 
-    def die(
-        self, lane: Lane, route: Route, delivery: Delivery, error: BaseException, reason: str, attempts: int
-    ) -> None:
+    def die(self, lane: Lane, delivery: Delivery, error: BaseException, reason: str, attempts: int) -> None:
         """Give an event up: its dead letter is durable before the ack, or there is no ack."""
         share, message = lane.share, delivery.message
         attempt = share.tries.pop(delivery.offset, None) or Try(f"{delivery.offset:020d}")
@@ -147,10 +146,15 @@ class Parking:
             errors=errors,
         )
         body = Message(
-            id=letter.id, source=f"/{self._worker.plan.name}", type="stentor.dead", topic=dead_topic(self._worker.plan.name),
+            id=letter.id, source=f"/{letter.group}", type="stentor.dead", topic=dead_topic(letter.group),
             data=letter.encode(), key=message.key, datacontenttype="application/msgpack",
         )  # fmt: skip
-        held = self._worker.plan.park and self._worker.plan.ordered and lane.key is not None and not self._worker.plan.broadcast
+        held = (
+            self._worker.plan.park
+            and self._worker.plan.ordered
+            and lane.key is not None
+            and not self._worker.plan.broadcast
+        )
         if held:
             records[f"k/{lane.key}"] = f"{delivery.offset:020d} {letter.id}".encode()
             lane.held = True
@@ -172,7 +176,9 @@ class Parking:
                 else:
                     self._worker.advance(lane)
             elif not isinstance(error, LeaseLost):
-                self._worker.log.error("%s: cannot write dead letter %s: %s; trying again", self._worker.plan.name, letter.id, error)
+                self._worker.log.error(
+                    "%s: cannot write dead letter %s: %s; trying again", self._worker.plan.name, letter.id, error
+                )
                 self._worker.clock.call_later(1.0, lambda: self._worker.add(settlement, after))
 
         lane.busy = True

@@ -7,6 +7,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from stentor.errors import StentorError
 from stentor.event import EventSpec
 from stentor.handler import Handler, Invoke
 from stentor.lanes import Lane
@@ -74,6 +75,20 @@ class Duties:
         self._worker = worker
         self.partition = partition
         self.clock = worker.clock
+
+    async def keep(self, duty: Duty) -> None:
+        """Run a timer or source while the partition is owned; when it fails, again after a while."""
+        group, log, wait = self._worker.group, self._worker.log, 1.0
+        while True:
+            try:
+                await duty(self)
+                return
+            except StentorError as error:
+                log.warning("%s: %s; again in %.3g s", group, error, wait)
+            except Exception:
+                log.exception("%s failed; again in %.3g s", group, wait)
+            await self.clock.sleep(wait)
+            wait = min(wait * 2, 60.0)
 
     async def read(self, name: str) -> bytes | None:
         """A journal value kept under ``s/<name>``."""

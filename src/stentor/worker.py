@@ -16,13 +16,23 @@ from stentor.batches import run_batch
 from stentor.broker import Broker, Consumer
 from stentor.catalog import Catalog
 from stentor.clock import Clock
-from stentor.context import Context, Dead, Progress, RetryLater, Runtime, current, decode_progress, encode_progress, private
+from stentor.context import (
+    Context,
+    Dead,
+    Progress,
+    RetryLater,
+    Runtime,
+    current,
+    decode_progress,
+    encode_progress,
+    private,
+)
 from stentor.errors import LeaseLost, NewerVersion, StentorError, Undecodable
 from stentor.handler import ThreadStillRuns
 from stentor.lanes import Lane, Share, Try, offset_of, split_stored
 from stentor.message import Delivery, ErrorRecord, Failure, Message, Outcome, Partition, Settlement
 from stentor.parking import ERRORS_KEPT, Parking
-from stentor.plan import Counts, Duties, Duty, Plan, Route
+from stentor.plan import Counts, Duties, Plan, Route
 
 FETCH = 256
 WINDOW = 1024
@@ -95,10 +105,10 @@ class Worker:
         for task in (fetch, tick):
             task.cancel()
         await asyncio.gather(fetch, tick, return_exceptions=True)
-        for share in self.shares.values():
-            for duty in share.duties:
-                duty.cancel()
-        await asyncio.gather(*(d for s in self.shares.values() for d in s.duties), *self.parking.loads, return_exceptions=True)
+        duties = [duty for share in self.shares.values() for duty in share.duties]
+        for duty in duties:
+            duty.cancel()
+        await asyncio.gather(*duties, *self.parking.loads, return_exceptions=True)
         self._ready.clear()
         await self._until_quiet(grace)
         if self.running:
@@ -181,7 +191,7 @@ class Worker:
                 self.parking.proceed(lane)
             duty = self.plan.duties.get(partition.topic)
             if duty is not None and partition.index == 0:
-                share.duties.append(asyncio.create_task(self._on_duty(duty, share)))
+                share.duties.append(asyncio.create_task(Duties(self, partition).keep(duty)))
 
     async def revoked(self, partitions: Sequence[Partition]) -> None:
         waits = []
@@ -377,7 +387,7 @@ class Worker:
             self.log.error("a runner of %s failed", self.plan.name, exc_info=error)
             self.runtime.fatal(error)
 
-    async def _run(self) -> None:
+    async def _run(self) -> None:  # noqa: C901 - in one piece, as each part of it would be a frame above every handler
         """A runner: takes ready lanes and runs their heads, one after the other."""
         task = asyncio.current_task()
         assert task is not None
@@ -473,7 +483,7 @@ class Worker:
         limit = route.handler.retry.attempts
         if limit is not None and attempt.before >= limit:
             died = RuntimeError("the worker died while this event was handled")
-            self.parking.die(lane, route, delivery, died, "attempts", attempt.before)
+            self.parking.die(lane, delivery, died, "attempts", attempt.before)
             return False
         done = self.loop.create_future()
         record: dict[str, bytes | None] = {f"a/{attempt.name}": str(attempt.starts + 1).encode()}
@@ -561,19 +571,19 @@ class Worker:
         if isinstance(error, RetryLater):
             after = retry.wait(count) if error.after is None else error.after
             if error.count and retry.attempts is not None and count >= retry.attempts:
-                self.parking.die(lane, route, delivery, RuntimeError("ctx.retry at the last attempt"), "attempts", count)
+                self.parking.die(lane, delivery, RuntimeError("ctx.retry at the last attempt"), "attempts", count)
             else:
                 self._retry(lane, delivery, attempt, after, None, counts=error.count)
         elif isinstance(error, Dead):
-            self.parking.die(lane, route, delivery, error, error.reason, count)
+            self.parking.die(lane, delivery, error, error.reason, count)
         elif isinstance(error, NewerVersion) and route.spec is not None and route.spec.newer != "dead":
             self.log.warning("%s: %s; held until a newer program runs", self.plan.name, error)
             self.parking.park(lane, delivery, attempt, waits=True)
         elif isinstance(error, Undecodable):
-            self.parking.die(lane, route, delivery, error, "undecodable", count)
+            self.parking.die(lane, delivery, error, "undecodable", count)
         elif retry.gives_up(error, count):
             reason = "attempts" if retry.attempts is not None and count >= retry.attempts else "never"
-            self.parking.die(lane, route, delivery, error, reason, count)
+            self.parking.die(lane, delivery, error, reason, count)
         else:
             self.counts.failed += 1
             wait = retry.wait(count)
@@ -584,7 +594,14 @@ class Worker:
             self._retry(lane, delivery, attempt, wait, self.parking.record(error), counts=True)
 
     def _retry(
-        self, lane: Lane, delivery: Delivery, attempt: Try | None, wait: float, error: ErrorRecord | None, *, counts: bool
+        self,
+        lane: Lane,
+        delivery: Delivery,
+        attempt: Try | None,
+        wait: float,
+        error: ErrorRecord | None,
+        *,
+        counts: bool,
     ) -> None:
         self.counts.retried += 1
         if attempt is None:
@@ -680,17 +697,3 @@ class Worker:
             self.parking.escape()
             if self._room is not None:
                 self._unclog()
-
-    async def _on_duty(self, duty: Duty, share: Share) -> None:
-        """Run a timer or source while its partition is owned; when it fails, again after a while."""
-        wait = 1.0
-        while not share.gone:
-            try:
-                await duty(Duties(self, share.partition))
-                return
-            except StentorError as error:
-                self.log.warning("%s: %s; again in %.3g s", self.group, error, wait)
-            except Exception:
-                self.log.exception("%s failed; again in %.3g s", self.group, wait)
-            await self.clock.sleep(wait)
-            wait = min(wait * 2, 60.0)

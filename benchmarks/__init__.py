@@ -1,0 +1,1 @@
+"""Figures of Stentor beside those of its peers: ``python -m benchmarks`` lists the rows."""
