@@ -132,7 +132,7 @@ async def test_a_bad_event_is_refused_inside_the_source() -> None:
     async def feed(publish: Publish) -> None:
         for bad in (Line(n="x"), "text"):  # type: ignore[arg-type]
             try:
-                await publish(bad, position=1)
+                await publish(bad, position=1)  # type: ignore[arg-type]
             except InvalidEvent as error:
                 errors.append(str(error))
 

@@ -7,7 +7,7 @@ import atexit
 import logging
 import signal
 import threading
-from collections.abc import AsyncIterator, Callable, Collection, Coroutine
+from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Sequence
 from contextlib import AbstractAsyncContextManager, AbstractContextManager, asynccontextmanager
 from datetime import datetime
 from typing import Any, Literal, Protocol, Self, TypeVar, overload
@@ -18,17 +18,14 @@ from stentor.catalog import Catalog
 from stentor.clock import Clock, Duration, SystemClock, seconds
 from stentor.context import current
 from stentor.errors import DefinitionError, InvalidEvent, NotConnected, Unsupported
-from stentor.event import Event, Outgoing, Topic, check_name
-from stentor.group import AttrsLike, DataclassLike, Group, On, PydanticLike, Where, component_group
+from stentor.event import EventLike, Outgoing, Topic, check_name
+from stentor.group import Group, On, Where, component_group
 from stentor.handler import Batch
 from stentor.message import Attribute, Message, Receipt
 from stentor.plan import Route
 from stentor.program import Program
 from stentor.retry import Retry
 from stentor.schedule import Missed
-
-EventLike = Event | DataclassLike | PydanticLike | AttrsLike | Outgoing
-"""What ``publish`` takes: an Event, an instance of an @event class, an ``app.event(...)``, or an Outgoing."""
 
 A = TypeVar("A")
 B = TypeVar("B")
@@ -205,9 +202,7 @@ class App:
         subject: str | None = None, headers: dict[str, Attribute] | None = None,
     ) -> Receipt: ...  # fmt: skip
     @overload
-    async def publish(self, event: list[EventLike] | tuple[EventLike, ...], /) -> list[Receipt]: ...
-    @overload
-    async def publish(self, event: list[A] | tuple[A, ...], /) -> list[Receipt]: ...
+    async def publish(self, event: Sequence[EventLike], /) -> list[Receipt]: ...
     async def publish(self, event: Any, /, **options: Any) -> Any:
         """Publish an event, or a list or tuple of events; back when the broker has it durably.
 
@@ -240,6 +235,14 @@ class App:
         receipts = await program.broker.publish(messages)
         return list(receipts) if many else receipts[0]
 
+    @overload
+    def publish_sync(
+        self, event: EventLike, /, *, key: str | None = None, delay: Duration | None = None,
+        at: datetime | None = None, id: str | None = None, time: datetime | None = None, source: str | None = None,
+        subject: str | None = None, headers: dict[str, Attribute] | None = None,
+    ) -> Receipt: ...  # fmt: skip
+    @overload
+    def publish_sync(self, event: Sequence[EventLike], /) -> list[Receipt]: ...
     def publish_sync(self, event: Any, /, **options: Any) -> Any:
         """``publish`` for threads, Django views and scripts: blocks until the event is durable.
 

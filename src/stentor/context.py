@@ -16,7 +16,7 @@ from msgspec import Struct
 from stentor.clock import Duration, seconds
 from stentor.cloudevents import child_trace, traceparent
 from stentor.errors import NotConnected
-from stentor.event import Outgoing, Topic
+from stentor.event import EventLike, Outgoing, Topic
 from stentor.message import Delivery, Message
 
 FIRING = "stentor.firing"
@@ -177,14 +177,14 @@ class Context:
         """Put events (one, a list or a tuple) among those that are published with the ack."""
         self.outputs = [*self.outputs, *self.caused(self._host.runtime.encode(events))]
 
-    async def publish(self, event: Any, /, **options: Any) -> None:
+    async def publish(self, event: EventLike | Sequence[EventLike], /, **options: Any) -> None:
         """Publish with the ack of this delivery: accepted now, durable with it, dropped if the handler fails.
 
         Options are those of ``app.publish``. Raises InvalidEvent now, not at the ack.
         """
         self.add(Outgoing(event, **options) if options else event)
 
-    def publish_sync(self, event: Any, /, **options: Any) -> None:
+    def publish_sync(self, event: EventLike | Sequence[EventLike], /, **options: Any) -> None:
         """``publish`` for sync handlers in threads."""
         self.add(Outgoing(event, **options) if options else event)
 

@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Mapping
 from datetime import datetime
 from enum import Enum
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, TypeVar
 from uuid import UUID
 
 import msgspec
@@ -409,3 +409,27 @@ def check_finite(value: Any, where: str) -> None:
     elif isinstance(value, (list, tuple, set, frozenset)):
         for index, item in enumerate(value):
             check_finite(item, f"{where}[{index}]")
+
+
+class DataclassLike(Protocol):
+    """An instance of a dataclass."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+
+class AttrsLike(Protocol):
+    """An instance of an attrs class."""
+
+    @property
+    def __attrs_attrs__(self) -> Any: ...
+
+
+class PydanticLike(Protocol):
+    """An instance of a pydantic model."""
+
+    @property
+    def __pydantic_fields_set__(self) -> set[str]: ...
+
+
+EventLike = Event | DataclassLike | PydanticLike | AttrsLike | Outgoing
+"""What ``publish`` takes: an Event, an instance of an @event class, an ``app.event(...)``, or an Outgoing."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, Concatenate, Literal, ParamSpec, Protocol, TypeVar, overload
+from typing import Any, Concatenate, Literal, ParamSpec, Protocol, TypeVar, overload
 from zoneinfo import ZoneInfo
 
 from stentor.clock import Duration
@@ -26,26 +26,6 @@ P = ParamSpec("P")
 R = TypeVar("R")
 F = TypeVar("F", bound=Callable[..., Any])
 Where = Callable[[Any], bool] | str | None
-
-
-class DataclassLike(Protocol):
-    """An instance of a dataclass."""
-
-    __dataclass_fields__: ClassVar[dict[str, Any]]
-
-
-class AttrsLike(Protocol):
-    """An instance of an attrs class."""
-
-    @property
-    def __attrs_attrs__(self) -> Any: ...
-
-
-class PydanticLike(Protocol):
-    """An instance of a pydantic model."""
-
-    @property
-    def __pydantic_fields_set__(self) -> set[str]: ...
 
 
 class On(Protocol[A]):

@@ -5,14 +5,14 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import inspect
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, Literal
 
 import msgspec
 
 from stentor.context import Runtime
 from stentor.errors import DefinitionError, StentorError
-from stentor.event import Outgoing
+from stentor.event import EventLike, Outgoing
 from stentor.message import Message
 from stentor.plan import Duties
 
@@ -73,7 +73,9 @@ class Publish:
         """Set when the program is asked to stop."""
         return self._runtime.stopping
 
-    async def __call__(self, event: Any, /, *, position: Any = None, **options: Any) -> None:
+    async def __call__(
+        self, event: EventLike | Sequence[EventLike], /, *, position: Any = None, **options: Any
+    ) -> None:
         """Publish events and remember ``position`` with them; a repetition after a crash carries the same ids.
 
         Options are those of ``app.publish``. Raises InvalidEvent, LeaseLost (another process runs the source now), or

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import copy
 import dataclasses
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AsyncExitStack
 from datetime import UTC, datetime
@@ -14,13 +14,13 @@ from typing import Any, Self, TypeVar, cast, overload
 
 import msgspec
 
-from stentor.app import App, EventLike
+from stentor.app import App
 from stentor.catalog import Catalog
 from stentor.clock import Duration, seconds
 from stentor.connect import BrokerUrl
 from stentor.context import Context, Dead, Progress, RetryLater, Runtime
 from stentor.errors import DefinitionError, InvalidEvent, Undecodable
-from stentor.event import Outgoing, Topic, spec_of
+from stentor.event import EventLike, Outgoing, Topic, spec_of
 from stentor.group import Group
 from stentor.message import DeadLetter, Delivery, Message, Partition, Receipt, dead_topic, decode_dead_letter
 from stentor.plan import Route
@@ -266,7 +266,7 @@ class Harness:
     @overload
     async def publish(self, event: EventLike, /, **options: Any) -> Receipt: ...
     @overload
-    async def publish(self, event: list[Any] | tuple[Any, ...], /) -> list[Receipt]: ...
+    async def publish(self, event: Sequence[EventLike], /) -> list[Receipt]: ...
     async def publish(self, event: Any, /, **options: Any) -> Any:
         """Publish an event, or a list, as another program would; options as for ``App.publish``."""
         many = isinstance(event, (list, tuple))
