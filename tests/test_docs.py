@@ -1,6 +1,6 @@
-"""The stories of README.md and docs/: files that a page shows are written, and its commands run, in the page's order.
+"""README.md and docs/: links lead somewhere, and what they show is what happens: files are written, commands run.
 
-Each page gets an empty folder. What counts there:
+Each page is a story in an empty folder, told from top to bottom. What counts there:
 
 - a block with ``title="path"`` (in whatever language) is written to that path; a block of plain ``python`` is not part
   of the story, it runs by itself (see conftest.py);
@@ -48,10 +48,16 @@ LOOKS = ("stentor lag", "stentor dead list", "stentor dead show", "stentor topic
 """Commands that change nothing: they are asked again until what a program does in the background has shown."""
 
 
+def pages() -> list[Path]:
+    """README and docs, without what is made from the code."""
+    found = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+    return [path for path in found if path.parent != ROOT / "docs" / "reference"]
+
+
 def stories() -> Iterator[Any]:
-    for path in [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]:
+    for path in pages():
         name = path.relative_to(ROOT)
-        text = path.read_text("utf-8") if path.exists() and name.parts[:2] != ("docs", "reference") else ""
+        text = path.read_text("utf-8")
         if "```console" in text:
             slow = ("<!-- background -->" in text) or text.count("\n$ ") > 6
             yield pytest.param(path, id=str(name), marks=[pytest.mark.slow] if slow else [])
@@ -198,3 +204,14 @@ def test_the_commands_of_a_page_print_what_it_shows(page: Path, tmp_path: Path) 
         for process, *_ in story.running:
             process.kill()
             process.wait()
+
+
+LINK = re.compile(r"\]\(([^)#\s]+)(?:#[^)]*)?\)")
+
+
+@pytest.mark.parametrize("page", pages(), ids=lambda page: str(page.relative_to(ROOT)))
+def test_the_links_of_a_page_lead_somewhere(page: Path) -> None:
+    for link in LINK.findall(page.read_text("utf-8")):
+        target = page.parent / link
+        made = (ROOT / "docs" / "reference") in target.resolve().parents  # by `tasks.py docs`
+        assert re.match(r"https?:", link) or made or target.exists(), link
