@@ -57,13 +57,13 @@ async def run_batch(worker: Worker, route: Route, task: asyncio.Task[None]) -> N
 async def _members(worker: Worker, route: Route, lanes: list[Lane]) -> list[tuple[Lane, Delivery, Any]]:
     """The lanes of a batch with their decoded events; what is unreadable, filtered out or dead is ended here."""
     members = []
+    begun = await _begin(worker, route, lanes)
     for lane in lanes:
+        if not begun.get(lane, True):
+            continue
         delivery = lane.head
         assert delivery is not None
-        attempt = lane.share.tries.get(delivery.offset)
         try:
-            if attempt is not None and not await worker.begin(lane, route, delivery, attempt):
-                continue
             message = delivery.message
             event = message if route.spec is None else worker.catalog.read(route.spec, message)
             handler = route.handler
@@ -78,6 +78,17 @@ async def _members(worker: Worker, route: Route, lanes: list[Lane]) -> list[tupl
             continue
         members.append((lane, delivery, event))
     return members
+
+
+async def _begin(worker: Worker, route: Route, lanes: list[Lane]) -> dict[Lane, bool]:
+    """Record the starts of what was seen before, all in one settling: after a crash that may be every member."""
+    seen = [
+        (lane, lane.head, attempt)
+        for lane in lanes
+        if lane.head is not None and (attempt := lane.share.tries.get(lane.head.offset)) is not None
+    ]
+    begun = await asyncio.gather(*(worker.begin(lane, route, delivery, attempt) for lane, delivery, attempt in seen))
+    return {lane: good for (lane, _, _), good in zip(seen, begun, strict=True)}
 
 
 async def _invoke_batch(worker: Worker, route: Route, members: list[tuple[Lane, Delivery, Any]]) -> None:

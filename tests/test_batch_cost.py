@@ -1,4 +1,4 @@
-"""When a batch handler has nothing to do, its worker does nothing."""
+"""What batch handlers cost when there is nothing to do, and after a crash."""
 
 import asyncio
 from typing import Any
@@ -8,6 +8,7 @@ import pytest
 from stentor import App, Batch, Event
 from stentor import worker as worker_module
 from stentor.batches import run_batch
+from stentor.testing import harness
 
 
 class Tick(Event, topic="ticks", key=None, type="com.example.tick"):
@@ -37,3 +38,28 @@ async def test_an_idle_batch_handler_takes_no_turns(monkeypatch: pytest.MonkeyPa
         for _ in range(100):
             await asyncio.sleep(0.001)
         assert takes == after
+
+
+async def test_after_a_crash_the_starts_of_a_batch_are_recorded_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    app = App("shop")
+    active = most = 0
+    begin = worker_module.Worker.begin
+
+    @app.on(Tick, batch=Batch(size=10))
+    async def many(ticks: list[Tick]) -> None: ...
+
+    async def counted(*args: Any) -> bool:
+        nonlocal active, most
+        active += 1
+        most = max(most, active)
+        good = await begin(*args)
+        active -= 1
+        return good
+
+    monkeypatch.setattr(worker_module.Worker, "begin", counted)
+    async with harness(app) as t:
+        t.crash(many, at="before_settle")
+        await t.publish([Tick(n=n) for n in range(5)])
+        await t.settled()
+        assert most == 5
+        assert t.dead(many) == []
