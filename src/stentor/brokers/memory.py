@@ -201,15 +201,13 @@ class MemoryBroker:
         """Drop what every group has settled once it is past its retention or half the limit is used."""
         name = log.topic.name
         groups = self._readers.get(name, [])
-        if name.startswith("stentor.dead."):
+        if name.startswith("stentor.dead.") or (log.retention is None and self._bytes <= self._limit // 2):
             return
         low = min((self._low(group, name) for group in groups), default=log.end)
         keep = low - log.base
         if log.retention is not None:
             oldest = self._clock.now() - log.retention
             keep = min(keep, next((i for i, time in enumerate(log.times[:keep]) if time >= oldest), keep))
-        if self._bytes <= self._limit // 2 and log.retention is None:
-            return
         if keep > 0:
             dropped = sum(len(message.data) + 256 for message in log.messages[:keep])
             del log.messages[:keep], log.slots[:keep], log.times[:keep]
@@ -226,9 +224,8 @@ class MemoryBroker:
         """The first offset that a group may still need."""
         log = self._logs[topic]
         places = [group.place(topic, slot) for slot in range(SLOTS)]
-        for index, slot in enumerate(log.slots):
-            prefix, done = places[slot]
-            offset = log.base + index
+        for offset in range(max(log.base, min(prefix for prefix, _ in places)), log.end):
+            prefix, done = places[log.slots[offset - log.base]]
             if offset >= prefix and offset not in done:
                 return offset
         return log.end
