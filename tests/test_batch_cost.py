@@ -58,7 +58,7 @@ async def test_after_a_crash_the_starts_of_a_batch_are_recorded_at_once(monkeypa
 
     monkeypatch.setattr(worker_module.Worker, "begin", counted)
     async with harness(app) as t:
-        t.crash(many, at="before_settle")
+        await t.crash(many, at="before_settle")
         await t.publish([Tick(n=n) for n in range(5)])
         await t.settled()
         assert most == 5
