@@ -1,0 +1,3 @@
+from examples.flights.main import main
+
+raise SystemExit(main())
