@@ -389,3 +389,21 @@ async def test_groups_are_named_by_themselves_too() -> None:
         await t.publish(OrderPlaced(order_id="a"))
         await t.settled()
         assert len(t.dead(billing)) == len(t.dead("billing")) == len(t.dead(invoice)) == 1
+
+
+@pytest.mark.parametrize(
+    "start", [f"2026-03-01T12:00:{second:02}.{second * 17:06}+00:00" for second in range(0, 60, 3)]
+)
+async def test_retries_after_fractions_of_a_second_fall_due(start: str) -> None:
+    """Waits of 0.2 s, then 0.4 s, end wherever the clock began: no rounding leaves a timer behind."""
+    app = App("shop")
+
+    @app.on(OrderPlaced, retry=Retry(attempts=4, first="200ms"))
+    async def charge(order: OrderPlaced) -> None:
+        raise ValueError("no")
+
+    async with harness(app, start=datetime.fromisoformat(start)) as t:
+        await t.publish(OrderPlaced(order_id="a", amount=1.0))
+        await t.advance("2s")
+        assert t.attempts(charge) == 4
+        assert len(t.dead(charge)) == 1

@@ -273,6 +273,8 @@ class SqliteFile:
             db.execute(f"PRAGMA application_id={APPLICATION}")
             db.execute("COMMIT")
             return
+        if db.execute("PRAGMA journal_mode").fetchone()[0] != "wal":  # a copy made by VACUUM INTO, say
+            db.execute("PRAGMA journal_mode=WAL")
         (version,) = db.execute("SELECT value FROM stentor_meta WHERE name = 'version'").fetchone()
         if version > VERSION:
             raise StorageUnusable(
@@ -473,7 +475,9 @@ class SqliteFile:
             self._hand_over()
         self._queue.put(None)
         assert self._thread is not None
-        await asyncio.to_thread(self._thread.join)
+        # No executor and no event: at the exit of the interpreter there is none any more.
+        while self._thread.is_alive():  # noqa: ASYNC110
+            await asyncio.sleep(0.001)
         # Futures of the last transaction are resolved by callbacks that are queued already.
         await asyncio.sleep(0)
         if self._socket is not None:

@@ -30,7 +30,7 @@ def replay(
 ) -> None:
     """Set a group back (or forward), so that it sees events again.
 
-    Other groups are not touched. Handlers see ctx.message.replayed; what they publish gets new ids. Retries above the
+    Other groups are not touched. Handlers see ctx.replayed; what they publish gets new ids. Retries above the
     place are forgotten, dead letters stay.
     """
     asyncio.run(_replay(group, place, topics, url, dry_run=dry_run, yes=yes, as_json=as_json))

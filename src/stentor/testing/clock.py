@@ -91,7 +91,9 @@ class VirtualClock:
         """Set the time to ``moment`` (in microseconds' steps, never back) and fire what falls due by then, in order."""
         # Whole microseconds: three steps of 0.1 s end where one of 0.3 s does.
         self._now = max(self._now, round(moment, 6))
-        while (due := self.next) is not None and due <= self._now:
+        # A timer may be due a fraction of a microsecond behind the rounded moment: it fires now, at its own time.
+        while (due := self.next) is not None and due <= self._now + 1e-6:
+            self._now = max(self._now, due)
             heapq.heappop(self._timers)[2].callback()
 
     def end_pauses(self) -> None:
