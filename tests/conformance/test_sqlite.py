@@ -4,10 +4,15 @@ from pathlib import Path
 
 import pytest
 
+from stentor.brokers import sqlite
 from stentor.testing.conformance import Faults, Rules, Soak
 
 
 class Sqlite:
+    @pytest.fixture(autouse=True)
+    def keep_house_often(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(sqlite, "HOUSEKEEPING", 0.2)
+
     @pytest.fixture
     def broker_url(self, tmp_path: Path) -> str:
         return f"sqlite:///{tmp_path}/events.db?lease=1&beat=0.25"

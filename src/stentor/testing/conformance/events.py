@@ -47,7 +47,13 @@ class Short(Event, topic=Topic("short", retention="1s"), key="key", type="confor
     n: int
 
 
-ALL = (Job, Order, Made, Loose, Lonely, Short)
+class Brief(Event, topic=Topic("brief", retention="1s"), key="key", type="conformance.brief"):
+    """An event that nobody reads and nobody keeps."""
+
+    key: str
+
+
+ALL = (Job, Order, Made, Loose, Lonely, Short, Brief)
 
 
 def jobs(keys: int | str, each: int) -> list[Job]:

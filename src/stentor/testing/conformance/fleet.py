@@ -21,7 +21,7 @@ from stentor.program import Program
 from stentor.testing.conformance.faults import FaultyBroker
 from stentor.testing.conformance.ledger import Audit, Entry, Ledger
 from stentor.testing.conformance.program import Script, play
-from stentor.testing.conformance.stage import Scene, Stage, until
+from stentor.testing.conformance.stage import PATIENCE, Scene, Stage, until
 
 
 class Member(Protocol):
@@ -208,7 +208,7 @@ class Fleet:
         """The attempts at which an event was begun, in order."""
         return [e.attempt for e in self.ledger.read("start") if (e.key, e.n) == (key, n)]
 
-    async def all_handled(self, but: int = 0, patience: float = 40.0) -> None:
+    async def all_handled(self, but: int = 0, patience: float = 2 * PATIENCE) -> None:
         """Wait until everything published is handled, ``but`` so many."""
         await until(lambda: len(self.handled()) >= len(set(self.published)) - but, f"all handled but {but}", patience)
 

@@ -123,30 +123,24 @@ class Ordering(Scene):
 
             @app.on(Job)
             async def work(job: Job) -> None:
-                await watch(job.key, job.n, 0.0005)
+                await watch(job.key, job.n, 0.003)
 
             return app
 
-        each = 60
+        each = 150
         async with AsyncExitStack() as stack:
             await stack.enter_async_context(stage.running(member()))
-            loading = asyncio.create_task(self._load(stage, each))
+            for n in range(0, each, 10):  # there is always something under way
+                await stage.publish([Job(key=f"k{i}", n=m) for m in range(n, n + 10) for i in range(20)])
             for wanted in (100, 300, 500):
                 await until(lambda wanted=wanted: watch.count >= wanted)  # type: ignore[misc]
                 async with stage.running(member()):
                     target = watch.count + 100
                     await until(lambda target=target: watch.count >= min(target, 20 * each))  # type: ignore[misc]
-            await loading
             await until(lambda: watch.count >= 20 * each)
             await stage.settled("shop.work")
         watch.in_order(each)
         assert watch.count == 20 * each
-
-    @staticmethod
-    async def _load(stage: Stage, each: int) -> None:
-        for n in range(each):
-            await stage.publish([Job(key=f"k{i}", n=n) for i in range(20)])
-            await asyncio.sleep(0.001)
 
     async def test_r04_a_member_joins_under_constant_load(self, stage: Stage) -> None:
         """A member that joins while the first never has a quiet moment gets its share all the same."""

@@ -16,8 +16,8 @@ from stentor.testing.conformance.fleet import Fleet, FleetScene
 from stentor.testing.conformance.program import Act
 from stentor.testing.conformance.stage import until
 
-MINUTES = "STENTOR_SOAK_MINUTES"
-SEED = "STENTOR_SOAK_SEED"
+MINUTES = float(os.environ.get("STENTOR_SOAK_MINUTES", "0.2"))
+SEED = int(os.environ.get("STENTOR_SOAK_SEED", random.randrange(2**32)))  # noqa: S311  no secret
 KEYS = 40
 MEMBERS = 3
 
@@ -97,18 +97,16 @@ class Soak(FleetScene):
     """All rules at once, for $STENTOR_SOAK_MINUTES (default 0.2); $STENTOR_SOAK_SEED repeats a run's choices."""
 
     @pytest.mark.soak
-    @pytest.mark.timeout(0)
+    @pytest.mark.timeout(60 * (MINUTES + 5))
     async def test_soak(self, fleet: Fleet) -> None:
         """Under kill -9, SIGTERM, SIGSTOP, failures, joins and redrives: none lost, order kept, repeats counted."""
-        minutes = float(os.environ.get(MINUTES, "0.2"))
-        seed = int(os.environ.get(SEED, random.randrange(2**32)))  # noqa: S311  no secret
-        sys.stdout.write(f"{minutes:g} minutes, seed {seed}\n")
-        storm = _Storm(fleet, random.Random(seed))  # noqa: S311  no secret
+        sys.stdout.write(f"{MINUTES:g} minutes, seed {SEED}\n")
+        storm = _Storm(fleet, random.Random(SEED))  # noqa: S311  no secret
         for _ in range(MEMBERS):
             await storm.join()
         publishing = asyncio.create_task(storm.publish())
         try:
-            await storm.rage(minutes * 60)
+            await storm.rage(MINUTES * 60)
         finally:
             storm.stopping = True
             await publishing
@@ -116,7 +114,7 @@ class Soak(FleetScene):
         async def quiet() -> bool:
             return not (await fleet.stage.waiting("work") or await fleet.stage.parked("work"))
 
-        await until(quiet, "all settled after the soak", 60 + minutes * 60)
+        await until(quiet, "all settled after the soak", 60 + MINUTES * 60)
         letters = await fleet.stage.letters("work")
         dead = {(letter.message.key or "", number(letter.message.data)) for letter in letters}
         entries = [e for e in fleet.ledger.read() if (e.key, e.n) not in dead]

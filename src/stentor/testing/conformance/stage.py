@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import os
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
@@ -22,7 +23,8 @@ from stentor.testing.conformance.events import ALL
 from stentor.testing.conformance.faults import FaultyBroker
 
 Make = Callable[[str, Clock], Broker]
-PATIENCE = 20.0
+PATIENCE = float(os.environ.get("STENTOR_CONFORMANCE_PATIENCE", "20"))
+"""Seconds that a condition may take to come true; more for a broker that is far away."""
 
 
 async def until(condition: Callable[[], Any], what: str = "", patience: float = PATIENCE) -> Any:
@@ -41,16 +43,25 @@ async def until(condition: Callable[[], Any], what: str = "", patience: float = 
 
 
 class JumpingClock(SystemClock):
-    """The machine's clock, set forward or back by ``jump``; timers run on, as they do when NTP sets a clock."""
+    """The machine's clock, which a test can set; timers run on, as they do when NTP sets a clock."""
 
     def __init__(self) -> None:
-        self.offset = 0.0
+        self._set = 0.0
+        self._passed = 0.0
 
     def now(self) -> float:
-        return time.time() + self.offset
+        return time.time() + self._set + self._passed
+
+    def monotonic(self) -> float:
+        return time.monotonic() + self._passed
 
     def jump(self, seconds: float) -> None:
-        self.offset += seconds
+        """Set the wall clock forward or back."""
+        self._set += seconds
+
+    def skip(self, seconds: float) -> None:
+        """Let time pass, except for timers."""
+        self._passed += seconds
 
 
 class Stage:
