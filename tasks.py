@@ -259,7 +259,7 @@ def flights(args: list[str]) -> int:
 def ci(_args: list[str]) -> int:
     """Run all that must hold before a change lands, and say which step failed."""
     steps = ["test", "lint", "types", "docs", "slow", "conformance memory", "conformance sqlite", "soak --minutes 2"]
-    counts = dict.fromkeys(("failed", "passed", "skipped", "xfailed", "error"), 0)
+    counts = dict.fromkeys(("failed", "passed", "skipped", "xfailed", "errors"), 0)
     report: list[str] = []
     failed = 0
     began = time.monotonic()
@@ -274,22 +274,19 @@ def ci(_args: list[str]) -> int:
             text=True,
             errors="replace",
         ) as process:
-            for line in process.stdout or ():
+            for coloured in process.stdout or ():
+                line = re.sub(r"\x1b\[[\d;]*m", "", coloured)
                 print(line, end="", flush=True)
                 if line.startswith("skipped: "):
                     report.append(line.rstrip())
                 if re.fullmatch(r"=+ .+ in [\d.]+s.*=+\n", line):  # pytest's closing line
                     for count, word in re.findall(r"(\d+) (failed|passed|skipped|xfailed|error)", line):
-                        counts[word] += int(count)
+                        counts["errors" if word == "error" else word] += int(count)
         failed += bool(process.returncode)
         report.append(f"{'FAILED' if process.returncode else 'ok':8}{time.monotonic() - start:5.0f} s  {step}")
     print("\n" + "\n".join(report))
-    total = ", ".join(
-        f"{count} {word}" + "s" * (word == "error" and count > 1) for word, count in counts.items() if count
-    )
-    print(
-        f"===== {total or 'no tests ran'} in {time.monotonic() - began:.2f}s ====="
-    )  # as pytest closes, all runs added
+    total = ", ".join(f"{count} {word}" for word, count in counts.items() if count) or "no tests ran"
+    print(f"===== {total} in {time.monotonic() - began:.2f}s =====")  # as pytest closes, all its runs added up
     return 1 if failed else 0
 
 
