@@ -1,26 +1,28 @@
 """Every error Stentor raises, in one tree.
 
-    StentorError
-    ├── DefinitionError          the program declares something that cannot work (found at start-up)
-    │   ├── ConfigError          a broker URL, option or setting is wrong
-    │   ├── DuplicateType        two event classes, or two handlers of a group, claim one type
-    │   └── GroupsChanged        a group of this app disappeared while a new one appeared
-    ├── Unsupported              the broker cannot do what the program asks of it
-    ├── InvalidEvent             an event is refused at its publisher
-    │   └── TooLarge             … because it is over the size limit
-    ├── Undecodable              bytes that cannot be read as the event they claim to be
-    │   └── NewerVersion         … because a newer program wrote them
-    ├── BatchFailed              raised by a batch handler: which members failed
-    ├── NotConnected             the app is not running and not connected
-    └── BrokerError              the broker refused or could not be reached
-        ├── Unavailable          not reachable or busy now; trying again makes sense
-        ├── AuthenticationFailed wrong credentials; trying again does not
-        ├── StorageFull          no room: disk full or size limit reached
-        ├── StorageUnusable      the store is corrupt, foreign, read-only or of a newer schema
-        ├── PublishUnknown       no confirmation came: the events may or may not be stored
-        ├── UnknownTopic         the topic was never declared
-        ├── UnknownGroup         the group was never declared
-        └── LeaseLost            another process owns the partition by now
+```text
+StentorError
+├── DefinitionError          the program declares something that cannot work (found at start-up)
+│   ├── ConfigError          a broker URL, option or setting is wrong
+│   ├── DuplicateType        two event classes, or two handlers of a group, claim one type
+│   └── GroupsChanged        a group of this app disappeared while a new one appeared
+├── Unsupported              the broker cannot do what the program asks of it
+├── InvalidEvent             an event is refused at its publisher
+│   └── TooLarge             … because it is over the size limit
+├── Undecodable              bytes that cannot be read as the event they claim to be
+│   └── NewerVersion         … because a newer program wrote them
+├── BatchFailed              raised by a batch handler: which members failed
+├── NotConnected             the app is not running and not connected
+└── BrokerError              the broker refused or could not be reached
+    ├── Unavailable          not reachable or busy now; trying again makes sense
+    ├── AuthenticationFailed wrong credentials; trying again does not
+    ├── StorageFull          no room: disk full or size limit reached
+    ├── StorageUnusable      the store is corrupt, foreign, read-only or of a newer schema
+    ├── PublishUnknown       no confirmation came: the events may or may not be stored
+    ├── UnknownTopic         the topic was never declared
+    ├── UnknownGroup         the group was never declared
+    └── LeaseLost            another process owns the partition by now
+```
 """
 
 from __future__ import annotations
