@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import importlib
 import os
+import random
 import signal
 import sys
 from collections.abc import Awaitable, Callable
@@ -50,6 +51,8 @@ class Act(Struct, kw_only=True, omit_defaults=True):
     """Only for numbers that are multiples of it."""
     below: int = 0
     """Fail at all attempts below this one, however often that is."""
+    chance: float = 0.0
+    """Fail by chance, however often that is."""
 
     def fits(self, key: str, n: int) -> bool:
         return self.key in (None, key) and self.n in (None, n) and n % self.every == 0
@@ -74,7 +77,8 @@ class Script(Struct, kw_only=True, omit_defaults=True):
 
     def claim(self, index: int) -> bool:
         """Whether an act is still to be done; each time is claimed by one process."""
-        for time in range(self.acts[index].times):
+        act = self.acts[index]
+        for time in range(0 if act.below or act.chance else act.times):
             try:
                 os.close(os.open(f"{self.ledger}.{index}.{time}", os.O_CREAT | os.O_EXCL))
             except FileExistsError:
@@ -110,7 +114,7 @@ def make_app(script: Script, ledger: Ledger, crash: Crash) -> App:
                     await asyncio.sleep(0.005)
             elif act.do == "sleep":
                 await asyncio.sleep(act.seconds)
-            elif ctx.attempt < act.below if act.below else script.claim(index):
+            elif ctx.attempt < act.below or random.random() < act.chance or script.claim(index):  # noqa: S311
                 if act.do == "crash":
                     await crash()
                 ledger.write(msgspec.structs.replace(entry, what="fail"))

@@ -35,7 +35,7 @@ class _Storm:
         self.script: dict[str, Any] = {
             "acts": [
                 Act(do="fail", every=13, below=3),
-                Act(do="fail", every=101, times=10_000),
+                Act(do="fail", every=101, chance=0.8),
                 Act(do="sleep", seconds=0.002),
             ],
             "attempts": 6,

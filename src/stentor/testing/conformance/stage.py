@@ -30,6 +30,7 @@ PATIENCE = float(os.environ.get("STENTOR_CONFORMANCE_PATIENCE", "20"))
 async def until(condition: Callable[[], Any], what: str = "", patience: float = PATIENCE) -> Any:
     """Wait until ``condition()`` (or what it awaits to) is true, and return it; fails after ``patience`` seconds."""
     deadline = time.monotonic() + patience
+    pause = 0.002
     while True:
         found = condition()
         if inspect.isawaitable(found):
@@ -39,7 +40,8 @@ async def until(condition: Callable[[], Any], what: str = "", patience: float = 
         if time.monotonic() > deadline:
             name = getattr(condition, "__qualname__", "the condition")
             raise AssertionError(f"not within {patience:g} s: {what or name}")
-        await asyncio.sleep(0.005)
+        await asyncio.sleep(pause)
+        pause = min(pause * 1.2, 0.05)
 
 
 class JumpingClock(SystemClock):
