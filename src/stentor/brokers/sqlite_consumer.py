@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Collection, Sequence
 from typing import TYPE_CHECKING, Any
 
-from stentor.broker import Owner
+from stentor.broker import FETCH_BYTES, Owner
 from stentor.brokers.log import Track, quota
 from stentor.brokers.sqlite_file import Row, Tx
 from stentor.brokers.sqlite_rows import PAGE, SLOTS, decode_done, encode_done, make_message
@@ -223,28 +223,33 @@ class SqliteConsumer:
         found: list[Delivery] = []
         if not self._owned:
             return found
+        size = 0
         db = self.broker.file.reader
         (end,) = db.execute("SELECT seq FROM stentor_event ORDER BY seq DESC LIMIT 1").fetchone() or (0,)
         for name, number in self._topics.items():
             tracks = self._tracks[name]
-            while self._scan[name] <= end and len(found) < limit:
+            while self._scan[name] <= end and len(found) < limit and size < FETCH_BYTES:
                 room = min(PAGE, limit - len(found))
                 rows = db.execute(
                     "SELECT seq, slot, id, key, type, head, body FROM stentor_event "
                     f"WHERE topic = ? AND seq >= ?{self._filter} ORDER BY seq LIMIT ?",
                     (number, self._scan[name], room),
-                ).fetchall()
+                )
+                seq = read = 0
                 for seq, slot, id, key, type, head, body in rows:
+                    read += 1
+                    size += len(body)
                     track = tracks[slot]
                     if track is not None and track.take(seq):
                         seen = track.seen(seq) if track.suspects else False
                         replay = track.replay if seq < track.replay_until else ""
                         message = make_message(name, id, key, type, head, body)
                         found.append(Delivery(message, track.partition, seq, seen, replay))
-                if len(rows) < room:
-                    self._scan[name] = max(end + 1, rows[-1][0] + 1 if rows else 0)
-                else:
-                    self._scan[name] = rows[-1][0] + 1
+                    if size >= FETCH_BYTES:
+                        break
+                rows.close()
+                exhausted = read < room and size < FETCH_BYTES
+                self._scan[name] = max(end + 1, seq + 1) if exhausted else seq + 1
         return found
 
     # ---- settling -------------------------------------------------------------------------------------------------

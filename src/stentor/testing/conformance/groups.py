@@ -273,9 +273,9 @@ class Backpressure(Scene):
             done += 1
 
         body = "x" * 1_000_000
+        for _ in range(10):
+            await stage.publish([Job(key=f"k{n}", n=n, body=body) for n in range(10)])
         async with stage.running(app) as program:
-            for _ in range(10):
-                await stage.publish([Job(key=f"k{n}", n=n, body=body) for n in range(10)])
             [worker] = program.workers
             before = -1
 
