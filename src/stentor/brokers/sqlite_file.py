@@ -237,17 +237,18 @@ class SqliteFile:
             raise StorageUnusable(f"{self.path}: cannot be written: {error.strerror}") from None
         try:
             fcntl.flock(self._lock_fd, fcntl.LOCK_EX)
+            self._writer = self.connect()
             try:
-                self._writer = self.connect()
                 self._prepare(self._writer)
-            finally:
                 fcntl.flock(self._lock_fd, fcntl.LOCK_UN)
-            self.reader = self.connect(read_only=True)
-        except sqlite3.Error as error:
-            os.close(self._lock_fd)
-            raise translate(error, self.path) from None
-        except BaseException:
-            os.close(self._lock_fd)
+                self.reader = self.connect(read_only=True)
+            except BaseException:
+                self._writer.close()
+                raise
+        except BaseException as error:
+            os.close(self._lock_fd)  # the lock goes with it
+            if isinstance(error, sqlite3.Error):
+                raise translate(error, self.path) from None
             raise
         self.loop = asyncio.get_running_loop()
         self.closed = False
