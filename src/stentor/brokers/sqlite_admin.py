@@ -194,9 +194,10 @@ class SqliteAdmin:
             for topic in [read[self._prefix + name] for name in topics] if topics else read.values():
                 position = offset(db, topic, start)
                 # Events up to where the group had come are seen again.
-                (reached,) = db.execute(
-                    "SELECT max(prefix) FROM stentor_place WHERE grp = ? AND topic = ?", (number, topic)
-                ).fetchone()
+                places = db.execute(
+                    "SELECT prefix, done FROM stentor_place WHERE grp = ? AND topic = ?", (number, topic)
+                ).fetchall()
+                reached = max(max([prefix, *(offset + 1 for offset in decode_done(done))]) for prefix, done in places)
                 db.execute(
                     "UPDATE stentor_reads SET replay = ?, until = ? WHERE grp = ? AND topic = ?",
                     (replay, max(reached, position), number, topic),
