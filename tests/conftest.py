@@ -1,4 +1,4 @@
-"""What every test gets: a clean environment, reproducible Hypothesis, snippets of README and docs, time for a soak."""
+"""What every test gets: a clean environment, reproducible Hypothesis, the snippets of README and docs."""
 
 import ast
 import asyncio
@@ -56,21 +56,9 @@ def pytest_configure(config: pytest.Config) -> None:
     config.pluginmanager.register(Snippets(), "snippets")
 
 
-def soak_minutes() -> float:
-    """How long a soak goes on: $STENTOR_SOAK_MINUTES, else half a minute."""
-    return float(os.environ.get("STENTOR_SOAK_MINUTES", "0.5"))
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """A soak may take its minutes, and five more to come to rest."""
-    for item in items:
-        if item.get_closest_marker("soak"):
-            item.add_marker(pytest.mark.timeout(60 * (soak_minutes() + 5)))
-
-
 @pytest.fixture(autouse=True)
 def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     """No test sees the settings of the developer's own programs."""
     for name in os.environ:
-        if name.startswith("STENTOR_") and name != "STENTOR_SOAK_MINUTES":
+        if name.startswith("STENTOR_") and not name.startswith("STENTOR_SOAK_"):
             monkeypatch.delenv(name)
