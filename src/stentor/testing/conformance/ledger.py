@@ -60,7 +60,7 @@ class Audit(Struct):
     disorder: list[tuple[str, int]]
     """Handled for the first time after a later one of the key."""
     overlaps: list[tuple[str, int]]
-    """Begun while another of the key ran in a living process."""
+    """Begun, in a process that was never paused, while another of the key ran in such a one."""
     duplicates: int
     """Handled to success once more."""
     burnt: int
@@ -87,9 +87,11 @@ def audit(
         if entry.what == "gone":
             gone.add(entry.who)
         elif entry.what == "start":
-            if entry.key in running and running[entry.key] not in gone:
-                found.overlaps.append(event)
-            running[entry.key] = entry.who
+            # What a paused process begins before it notices that its lease is over is rule 4's stated exception.
+            if entry.who not in gone:
+                if entry.key in running and running[entry.key] not in gone:
+                    found.overlaps.append(event)
+                running[entry.key] = entry.who
             found.burnt += entry.attempt > 1
         elif entry.what in ("end", "fail"):
             if running.get(entry.key) == entry.who:
