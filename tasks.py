@@ -94,7 +94,7 @@ def environment(group: str = "stentor", venv: Path = HERE, base: str = sys.execu
     installer: list[str | Path] = (
         ["uv", "pip", "install", "--python", python] if shutil.which("uv") else [python, "-m", "pip", "install"]
     )
-    what = ["--no-deps"] if group == "flights" else ["--editable", f"{ROOT}[http]"]
+    what = ["--no-deps"] if group == "flights" else ["--editable", f"{ROOT}[http,brokers]"]
     start = time.monotonic()
     done = subprocess.run(
         [*installer, "--quiet", *what, *requirements(group)],
@@ -212,7 +212,7 @@ def types(args: list[str]) -> int:
         print(f"skipped: the types of {name}, which does not exist yet")
     if "README.md" in shown:
         shown[-1] = snippets(ROOT / "README.md")
-    result = run(programs / "mypy", "src", "tests", "tasks.py", *shown, *args)
+    result = run(programs / "mypy", "src", "tests", "servers", "tasks.py", *shown, *args)
     return max(result, run(programs / "pyright", "--pythonpath", programs / "python", *shown) if shown else 0)
 
 
@@ -246,6 +246,12 @@ def bench(args: list[str]) -> int:
     """Measure Stentor beside its peers, all figures or those named: `bench memory`. `bench --help` lists them."""
     python = environment("bench", ROOT / ".venvs" / "bench") / "python"  # the peers' needs apart from ours
     return run(python, "-m", "benchmarks", *(args or ["all"]))
+
+
+@command
+def servers(args: list[str]) -> int:
+    """Start real servers on this machine, without Docker: `servers up kafka redis`, `servers down`, `servers list`."""
+    return run(environment("test") / "python", "-m", "servers", *args)
 
 
 @command

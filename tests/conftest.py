@@ -54,11 +54,13 @@ class Snippets:
 def pytest_configure(config: pytest.Config) -> None:
     """A conftest serves its own folder only; what it registers serves README and docs too."""
     config.pluginmanager.register(Snippets(), "snippets")
+    if "PYTEST_XDIST_WORKER" not in os.environ:  # shared servers end with this process
+        os.environ["STENTOR_TEST_CONTROLLER"] = str(os.getpid())
 
 
 @pytest.fixture(autouse=True)
 def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     """No test sees the settings of the developer's own programs."""
     for name in os.environ:
-        if name.startswith("STENTOR_") and not name.startswith("STENTOR_SOAK_"):
+        if name.startswith("STENTOR_") and not name.startswith(("STENTOR_SOAK_", "STENTOR_TEST_", "STENTOR_SERVERS")):
             monkeypatch.delenv(name)

@@ -52,6 +52,14 @@ LIBRARIES = {  # who may import which library, by module or folder; a broker's c
     "prometheus_client": {"health", "observe"},
     "pytest": {"testing", "cli.new"},
     "psutil": {"testing"},
+    "confluent_kafka": {"brokers.kafka"},
+    "nats": {"brokers.nats"},
+    "psycopg": {"brokers.postgresql"},
+    "pika": {"brokers.rabbitmq"},
+    "redis": {"brokers.redis"},
+    "hiredis": {"brokers.redis"},
+    "grpc": {"brokers.rocketmq"},
+    "google": {"brokers.rocketmq"},
 }
 HEAVY = [  # what `import stentor` must not load: optional, or slow to load and needed by few
     *("attr", "attrs", "click", "cronsim", "django", "fastapi", "http.server", "multiprocessing", "prometheus_client"),
