@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
 import os
 from collections.abc import Callable
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
 from typing import Any, TypeVar
 from urllib.parse import parse_qsl, unquote, urlsplit
 
@@ -78,9 +77,18 @@ def _hide(text: str) -> str:
 
 
 _BUILT_IN = {
-    "memory": "stentor.brokers.memory:MemoryBroker",
-    "sqlite": "stentor.brokers.sqlite:SqliteBroker",
+    "memory": ("stentor.brokers.memory:MemoryBroker", ""),
+    "sqlite": ("stentor.brokers.sqlite:SqliteBroker", ""),
+    "amqp": ("stentor.brokers.rabbitmq:RabbitMQBroker", "rabbitmq"),
+    "amqps": ("stentor.brokers.rabbitmq:RabbitMQBroker", "rabbitmq"),
+    "kafka": ("stentor.brokers.kafka:KafkaBroker", "kafka"),
+    "nats": ("stentor.brokers.nats:NatsBroker", "nats"),
+    "postgresql": ("stentor.brokers.postgresql:PostgresBroker", "postgresql"),
+    "redis": ("stentor.brokers.redis:RedisBroker", "redis"),
+    "rediss": ("stentor.brokers.redis:RedisBroker", "redis"),
+    "rocketmq": ("stentor.brokers.rocketmq:RocketMQBroker", "rocketmq"),
 }
+"""By URL scheme: the class, and the extra that brings its client library."""
 
 
 def connect(url: str, clock: Clock | None = None) -> Broker:
@@ -92,21 +100,22 @@ def connect(url: str, clock: Clock | None = None) -> Broker:
         ConfigError: the URL or an option is wrong, or nothing provides the scheme.
     """
     parsed = BrokerUrl(url)
-    found = _BUILT_IN.get(parsed.scheme)
-    if found is not None:
-        module, _, name = found.partition(":")
-        factory: Any = getattr(importlib.import_module(module), name)
+    extra = parsed.scheme
+    points: dict[str, Any]
+    if parsed.scheme in _BUILT_IN:
+        path, extra = _BUILT_IN[parsed.scheme]
+        points = {parsed.scheme: EntryPoint(parsed.scheme, path, "stentor.brokers")}
     else:
         points = {point.name: point for point in entry_points(group="stentor.brokers")}
         if parsed.scheme not in points:
             known = ", ".join(sorted(set(_BUILT_IN) | set(points)))
             raise ConfigError(f"{parsed}: no broker for {parsed.scheme}://; installed are {known}")
-        try:
-            factory = points[parsed.scheme].load()
-        except ImportError as error:
-            raise ConfigError(
-                f"{parsed}: its client library is missing ({error}); pip install 'stentor[{parsed.scheme}]'"
-            ) from None
+    try:
+        factory: Any = points[parsed.scheme].load()
+    except ImportError as error:
+        raise ConfigError(
+            f"{parsed}: its client library is missing ({error}); pip install 'stentor[{extra}]'"
+        ) from None
     broker: Broker = factory(parsed, clock or SystemClock())
     parsed.finish()
     return broker
