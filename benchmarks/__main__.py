@@ -22,6 +22,8 @@ ROWS = {
     "footprint": "benchmarks.footprint",
     "backlog": "benchmarks.backlog",
     "keys": "benchmarks.keys",
+    "redis": "benchmarks.redis",
+    "redis-everysec": "benchmarks.redis_everysec",
 }
 
 
