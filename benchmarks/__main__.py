@@ -24,6 +24,7 @@ ROWS = {
     "keys": "benchmarks.keys",
     "redis": "benchmarks.redis",
     "redis-everysec": "benchmarks.redis_everysec",
+    "postgresql": "benchmarks.postgresql",
 }
 
 
