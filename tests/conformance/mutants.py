@@ -272,6 +272,11 @@ def retention_looks_at_age_alone() -> None:
     around(SqliteBroker, "_trim", trim)
 
 
+@mutant("r09_publishers_wait")
+def nobody_waits_for_room() -> None:
+    around(SqliteBroker, "_over_limit", lambda original, *args: False)
+
+
 @mutant("r06_redrive_under_continue")
 def marks_are_lost() -> None:
     async def mark(original: Any, self: Any, *args: Any) -> None:
@@ -317,6 +322,10 @@ class TestMutant(Rules, Faults):
     @pytest.fixture
     def broker_url(self, tmp_path: Path) -> str:
         return f"sqlite:///{tmp_path}/events.db?lease=1&beat=0.25"
+
+    @pytest.fixture
+    def full_url(self, broker_url: str) -> str:
+        return f"{broker_url}&max_bytes={self.full}"
 
     def make_broker(self, url: str, clock: Clock) -> Broker:
         return make(url, clock)

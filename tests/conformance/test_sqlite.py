@@ -17,6 +17,10 @@ class Sqlite:
     def broker_url(self, tmp_path: Path) -> str:
         return f"sqlite:///{tmp_path}/events.db?lease=1&beat=0.25"
 
+    @pytest.fixture
+    def full_url(self, broker_url: str) -> str:
+        return f"{broker_url}&max_bytes={Rules.full}"
+
 
 class TestSqlite(Sqlite, Rules):
     pass

@@ -107,18 +107,18 @@ class DeadLetters(Scene):
 
             def refuse(settlement: Any) -> Unavailable | None:
                 nonlocal refused
-                if any(output.topic == dead_topic("shop.work") for output in settlement.outputs) and refused < 2:
+                if any(output.topic == dead_topic("shop.work") for output in settlement.outputs):
                     refused += 1
                     return Unavailable("planned")
                 return None
 
             broker.refuse = refuse
             await stage.publish(Job(key="a", n=1))
-            await until(lambda: refused == 1)
+            await until(lambda: refused >= 2)
             assert await stage.waiting("shop.work") == 1
+            broker.refuse = None
             await stage.dead("shop.work")
             await stage.settled("shop.work")
-        assert refused == 2
 
     async def test_r06_no_letter_no_ack_over_a_stop(self, stage: Stage) -> None:
         """If the process stops before the dead letter could be written, the event comes again."""

@@ -53,7 +53,8 @@ class Brief(Event, topic=Topic("brief", retention="1s"), key="key", type="confor
     key: str
 
 
-ALL = (Job, Order, Made, Loose, Lonely, Short, Brief)
+ALWAYS = (Job, Made)
+"""What every app of the suite knows; topics of the others are declared where a test needs them, as that may be dear."""
 
 
 def jobs(keys: int | str, each: int) -> list[Job]:

@@ -73,7 +73,7 @@ class ProcessMember:
     async def stop(self) -> Counts:
         assert self.process.stdout is not None
         self.process.send_signal(signal.SIGTERM)
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(2 * PATIENCE):
             line = await self.process.stdout.readline()
             code = await self.process.wait()
         assert code == 0, f"{self.who} ended with {code}: {self._errors.read_text()[-2000:]}"
@@ -197,6 +197,10 @@ class Fleet:
     async def publish(self, events: Sequence[Any]) -> None:
         await self.stage.publish(list(events))
         self.published += [(event.key, event.n) for event in events]
+
+    async def settled_at_least(self) -> int:
+        """So many events of those published are settled by now, or more."""
+        return len(self.published) - await self.stage.waiting("work") - await self.stage.parked("work")
 
     def open_gate(self) -> None:
         self.script().gate.touch()

@@ -165,7 +165,7 @@ class Ordering(Scene):
             flooding = asyncio.create_task(flood())
             await until(lambda: counts[0] > 500)
             async with stage.running(member(1)):
-                await until(lambda: counts[1] > 100, "a share for the second member", patience=10)
+                await until(lambda: counts[1] > 100, "a share for the second member")
             stop = True
             await flooding
 

@@ -29,7 +29,7 @@ from stentor.message import Message
 from stentor.plan import Counts
 from stentor.program import Program
 from stentor.retry import Retry
-from stentor.testing.conformance.events import ALL, Job, Made
+from stentor.testing.conformance.events import ALWAYS, Job, Made
 from stentor.testing.conformance.faults import FaultyBroker, Point
 from stentor.testing.conformance.ledger import Entry, Ledger
 
@@ -98,7 +98,7 @@ Crash = Callable[[], Awaitable[None]]
 def make_app(script: Script, ledger: Ledger, crash: Crash) -> App:
     """The app of a member: one group ``work`` that handles Jobs, and makes a Made of each if asked to."""
     app = App("shop")
-    for cls in ALL:
+    for cls in ALWAYS:
         app.catalog.add(cls)
     group = Group("work", on_dead="park" if script.park else "continue", concurrency=script.concurrency)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from datetime import UTC, datetime
 
 import pytest
 
@@ -68,8 +67,7 @@ class Replays(Scene):
         async with stage.running(app):
             receipts = await stage.publish(jobs("a", 4))
             await stage.settled("shop.work")
-            edge = stage.clock.now() + 0.05
-            await until(lambda: stage.clock.now() > edge)
+            edge = await stage.edge()
             await stage.publish([Job(key="a", n=n) for n in (4, 5)])
             await stage.settled("shop.work")
             seen.clear()
@@ -77,7 +75,7 @@ class Replays(Scene):
             await until(lambda: seen == [2, 3, 4, 5])
             await stage.settled("shop.work")
             seen.clear()
-            await stage.broker.admin.replay("shop.work", datetime.fromtimestamp(edge - 0.02, UTC))
+            await stage.broker.admin.replay("shop.work", edge)
             await until(lambda: seen == [4, 5])
             await stage.settled("shop.work")
 
@@ -139,7 +137,8 @@ class Replays(Scene):
 
         async with stage.running(app):
             await stage.publish([Job(key="early", n=0), Job(key="dead", n=0)])
-            edge = await stage.publish(Job(key="a", n=0))
+            edge = await stage.edge()
+            await stage.publish(Job(key="a", n=0))
             await stage.publish([Job(key="late", n=0), Job(key="late", n=1)])
             await stage.dead("shop.work")
 
@@ -149,7 +148,7 @@ class Replays(Scene):
             await until(parked)
             broken = False
             seen.clear()
-            await stage.broker.admin.replay("shop.work", edge.position)
+            await stage.broker.admin.replay("shop.work", edge)
             await until(lambda: len(seen) == 3)
 
             async def one_left() -> bool:
@@ -175,9 +174,10 @@ class Replays(Scene):
         async with stage.running(app):
             await stage.publish(Job(key="bad", n=0))
             [letter] = await stage.dead("strict")
-            edge = await stage.publish(Job(key="a", n=0))
+            edge = await stage.edge()
+            await stage.publish(Job(key="a", n=0))
             await stage.settled("strict")
-            await stage.broker.admin.replay("strict", edge.position)
+            await stage.broker.admin.replay("strict", edge)
             await until(lambda: len(seen) == 2)
             await stage.publish([Job(key="bad", n=1), Job(key="a", n=1)])
             await until(lambda: len(seen) == 3)

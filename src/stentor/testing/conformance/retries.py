@@ -12,7 +12,7 @@ from stentor.group import Group
 from stentor.handler import Batch
 from stentor.retry import Retry
 from stentor.testing.conformance.events import Job, Loose, Made, jobs
-from stentor.testing.conformance.stage import Scene, Stage, until
+from stentor.testing.conformance.stage import LATE, Scene, Stage, until
 
 
 class Outputs(Scene):
@@ -191,7 +191,7 @@ class Retries(Scene):
         waits = [later - sooner for sooner, later in pairwise(times)]
         assert attempts == [1, 2, 3, 4]
         for wait, least in zip(waits, (0.04, 0.08, 0.16), strict=True):
-            assert least - 0.001 <= wait < least + 2
+            assert least - 0.001 <= wait < least + LATE
 
     async def test_r05_a_waiting_key_blocks_nobody(self, stage: Stage) -> None:
         """A hundred keys wait an hour for their retry, each with events behind it; the other keys are all handled."""
