@@ -10,7 +10,7 @@ from datetime import datetime
 from typing import Any
 
 from stentor.broker import FETCH_BYTES, Features, GroupInfo, Owner, Start, TopicInfo
-from stentor.brokers.log import Track, quota
+from stentor.brokers.track import Track, quota
 from stentor.clock import Clock, seconds
 from stentor.connect import BrokerUrl
 from stentor.errors import BrokerError, LeaseLost, StentorError, UnknownGroup, UnknownTopic

@@ -8,9 +8,9 @@ from collections.abc import Callable, Collection, Sequence
 from typing import TYPE_CHECKING, Any
 
 from stentor.broker import FETCH_BYTES, Owner
-from stentor.brokers.log import Track, quota
 from stentor.brokers.sqlite_file import Row, Tx
 from stentor.brokers.sqlite_rows import PAGE, SLOTS, decode_done, encode_done, make_message
+from stentor.brokers.track import Track, quota
 from stentor.errors import LeaseLost, PublishUnknown, StentorError, Unavailable
 from stentor.message import Delivery, Failure, Mark, Outcome, Partition, Settlement
 from stentor.subscription import Subscription

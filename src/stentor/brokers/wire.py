@@ -46,7 +46,7 @@ _encode = msgspec.json.Encoder().encode
 _decode = msgspec.json.Decoder(_Event).decode
 _valid = msgspec.json.Decoder(Raw).decode
 _encode_delayed = msgspec.msgpack.Encoder().encode
-_decode_delayed = msgspec.msgpack.Decoder(tuple[str, float, bytes]).decode
+_decode_delayed = msgspec.msgpack.Decoder(tuple[str, float, str, bytes]).decode
 
 
 def _is_json(data: bytes) -> bool:
@@ -88,13 +88,19 @@ def pack(message: Message) -> bytes:
 
 def pack_delayed(message: Message) -> bytes:
     """The bytes of a message that has to wait, with its topic and when it falls due; for ``unpack_delayed``."""
-    return _encode_delayed((message.topic, message.due, pack(message)))
+    return _encode_delayed((message.topic, message.due, message.id, pack(message)))
 
 
 def unpack_delayed(body: bytes) -> Message:
     """The message of ``pack_delayed``, with its topic, due no more."""
-    topic, _, packed = _decode_delayed(body)
-    return unpack(packed, topic, "")
+    topic, _, id, packed = _decode_delayed(body)
+    return unpack(packed, topic, id)
+
+
+def delayed_until(body: bytes) -> tuple[float, str]:
+    """When the message of ``pack_delayed`` falls due, in seconds since the epoch, and its id."""
+    _, due, id, _ = _decode_delayed(body)
+    return due, id
 
 
 def unpack(body: bytes, topic: str, place: str) -> Message:
@@ -124,9 +130,9 @@ def unpack(body: bytes, topic: str, place: str) -> Message:
             if event.data_base64 is not UNSET:
                 data = base64.b64decode(event.data_base64)
             return Message(
-                id=event.id, source=event.source, type=event.type, topic=topic, data=data, key=event.partitionkey, time=event.time,
-                subject=event.subject, datacontenttype=event.datacontenttype, dataschema=event.dataschema,
-                extensions=extensions,
+                id=event.id, source=event.source, type=event.type, topic=topic, data=data, key=event.partitionkey,
+                time=event.time, subject=event.subject, datacontenttype=event.datacontenttype,
+                dataschema=event.dataschema, extensions=extensions,
             )  # fmt: skip
     try:
         return from_structured(body, topic)

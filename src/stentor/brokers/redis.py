@@ -1,0 +1,488 @@
+"""The Redis broker: a stream for each partition, spaces as hashes, everything that must be one step in Lua.
+
+An entry's id is ``<n>-<m>``: ``n`` counts the messages of the topic (the offset), ``m`` those of the partition, so that
+what waits can be counted without reading it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ssl
+from collections.abc import Sequence
+from typing import Any
+
+import redis as client
+import redis.asyncio as aio
+from redis.backoff import NoBackoff
+from redis.retry import Retry
+
+from stentor.broker import Features
+from stentor.brokers.log import LogBroker
+from stentor.brokers.storage import DUPLICATE, Entry, Held, Stored, Write
+from stentor.brokers.wire import pack_delayed, unpack, unpack_delayed
+from stentor.clock import Clock
+from stentor.connect import BrokerUrl
+from stentor.errors import (
+    AuthenticationFailed,
+    BrokerError,
+    PublishUnknown,
+    StentorError,
+    StorageFull,
+    Unavailable,
+    UnknownTopic,
+)
+from stentor.message import Message
+
+WINDOW = 7 * 86400
+"""Seconds for which a source and id are remembered."""
+FALL = 500
+"""Delayed messages that one step lets appear."""
+
+_STORE = """
+local function store(topic, part, id, now, body, due)
+  if id ~= '' and not redis.call('SET', 'P:seen:' .. id, '1', 'NX', 'EX', WINDOW) then return -1 end
+  if due ~= '0' then
+    local at = redis.call('INCR', 'P:delays')
+    redis.call('ZADD', 'P:due', due, at)
+    redis.call('HSET', 'P:delayed', at, body)
+    return 0
+  end
+  local n = redis.call('HINCRBY', 'P:topic:' .. topic, 'n', 1)
+  local m = redis.call('HINCRBY', 'P:topic:' .. topic, part, 1)
+  redis.call('XADD', 'P:log:' .. topic .. ':' .. part, n .. '-' .. m, 't', now, 'e', body)
+  return n
+end
+"""
+_APPEND = (
+    _STORE
+    + """
+local now, found = ARGV[1], {}
+for i = 2, #ARGV, 5 do
+  found[#found + 1] = store(ARGV[i], ARGV[i + 1], ARGV[i + 2], now, ARGV[i + 3], ARGV[i + 4])
+end
+return found
+"""
+)
+_WRITE = (
+    _STORE
+    + """
+local space, name, wanted, now = KEYS[1], ARGV[1], ARGV[2], ARGV[3]
+local held = redis.call('HGET', space, name)
+if (held and 'v' .. held or '') ~= wanted then return 0 end
+local changes = tonumber(ARGV[4])
+for i = 5, 4 + changes * 2, 2 do
+  if ARGV[i + 1] == '' then redis.call('HDEL', space, ARGV[i])
+  else redis.call('HSET', space, ARGV[i], string.sub(ARGV[i + 1], 2)) end
+end
+for i = 5 + changes * 2, #ARGV, 5 do store(ARGV[i], ARGV[i + 1], ARGV[i + 2], now, ARGV[i + 3], ARGV[i + 4]) end
+return 1
+"""
+)
+_FALL = (
+    _STORE
+    + """
+local due = redis.call('ZRANGE', 'P:due', '-inf', ARGV[1], 'BYSCORE', 'LIMIT', 0, FALL)
+local found = {}
+for i, at in ipairs(due) do found[i] = {at, redis.call('HGET', 'P:delayed', at)} end
+return found
+"""
+)
+_FELL = (
+    _STORE
+    + """
+local now = ARGV[1]
+for i = 2, #ARGV, 4 do
+  if redis.call('ZREM', 'P:due', ARGV[i]) == 1 then
+    redis.call('HDEL', 'P:delayed', ARGV[i])
+    store(ARGV[i + 1], ARGV[i + 2], '', now, ARGV[i + 3], '0')
+  end
+end
+return 1
+"""
+)
+
+
+def _error(error: Exception, broker: object) -> StentorError:
+    """What an error of the client is in Stentor's tree."""
+    text = str(error).splitlines()[0] if str(error) else type(error).__name__
+    if isinstance(error, client.AuthenticationError | client.exceptions.NoPermissionError) or "WRONGPASS" in text:
+        return AuthenticationFailed(f"{broker} refuses the user or password: {text}")
+    if isinstance(error, client.exceptions.OutOfMemoryError) or text.startswith(("OOM", "MISCONF")):
+        return StorageFull(f"{broker} has no room: {text}")
+    if isinstance(error, client.ConnectionError | client.TimeoutError | OSError):
+        return Unavailable(f"{broker} cannot be reached: {text}")
+    if isinstance(error, client.exceptions.BusyLoadingError | client.exceptions.ReadOnlyError):
+        return Unavailable(f"{broker} does not take writes now: {text}")
+    return BrokerError(f"{broker}: {text}")
+
+
+class RedisBroker(LogBroker):
+    """``redis://[user:password@]host[:port][/database]``, or ``rediss://`` for TLS. Redis 7.0 or newer.
+
+    Options: those of ``LogBroker``, ``tls=1``, ``ca``, ``cert``, ``key`` (files; TLS always verifies the server), and
+    ``durable`` ("host", the default: Redis is expected to run with ``appendfsync always``; "process": not).
+    """
+
+    native_delay = True
+    one_order = True
+
+    def __init__(self, url: BrokerUrl, clock: Clock) -> None:
+        super().__init__(url, clock)
+        host, _, port = url.host.rpartition(":") if ":" in url.host.rpartition("]")[2] else (url.host, "", "6379")
+        tls = url.option("tls", "") not in ("", "0") or url.scheme == "rediss"
+        files = {name: url.option(name, "") for name in ("ca", "cert", "key")}
+        self._options: dict[str, Any] = {
+            "host": host.strip("[]") or "localhost", "port": int(port), "db": int(url.path.strip("/") or 0),
+            "username": url.user, "password": url.password, "socket_connect_timeout": 5.0,
+            "retry": Retry(NoBackoff(), 0), "health_check_interval": 0, "protocol": 2,
+        }  # fmt: skip
+        if tls:
+            self._options |= {
+                "ssl": True, "ssl_cert_reqs": ssl.CERT_REQUIRED, "ssl_check_hostname": True,
+                "ssl_ca_certs": files["ca"] or None, "ssl_certfile": files["cert"] or None,
+                "ssl_keyfile": files["key"] or None,
+            }  # fmt: skip
+        self._root = f"stentor:{{{self.prefix}}}"
+        self.features = Features(
+            name="redis", durable="host", shared=True, atomic=True, dedupe=True, replay=True, cancel=True, browse=True
+        )
+        self._scripts: dict[str, str] = {}
+        self._redis: aio.Redis | None = None
+
+    # ---- life -------------------------------------------------------------------------------------------------------
+
+    @property
+    def native(self) -> aio.Redis:
+        """The ``redis.asyncio.Redis`` in use. Raises Unavailable when the broker is not open."""
+        if self._redis is None:
+            raise Unavailable(f"{self} is not open")
+        return self._redis
+
+    async def connect(self) -> None:
+        self._redis = self.client()
+        try:
+            await self._redis.ping()
+        except Exception as error:
+            await self._redis.aclose()
+            raise _error(error, self) from None
+
+    def client(self) -> aio.Redis:
+        """A client of its own, with further connections."""
+        return aio.Redis(**self._options, socket_timeout=30.0, max_connections=64)
+
+    async def disconnect(self) -> None:
+        if self._redis is not None:
+            await self._redis.aclose()
+            self._redis = None
+
+    async def ping(self) -> None:
+        await self._ask("PING")
+
+    async def _ask(self, *command: Any) -> Any:
+        try:
+            return await self.native.execute_command(*command)  # type: ignore[no-untyped-call]
+        except (client.RedisError, OSError) as error:
+            raise _error(error, self) from None
+
+    async def _pipe(self, commands: Sequence[Sequence[Any]]) -> list[Any]:
+        """Many commands in one round trip; their answers, errors among them."""
+        if not commands:
+            return []
+        pipe = self.native.pipeline(transaction=False)
+        for command in commands:
+            pipe.execute_command(*command)  # type: ignore[no-untyped-call]
+        try:
+            found: list[Any] = await pipe.execute(raise_on_error=False)
+        except (client.RedisError, OSError) as error:
+            raise _error(error, self) from None
+        return found
+
+    def _check(self, answers: Sequence[Any]) -> None:
+        for answer in answers:
+            if isinstance(answer, Exception):
+                raise _error(answer, self)
+
+    async def _run(self, script: str, keys: Sequence[str], *args: Any) -> Any:
+        """Run a Lua script, by its digest once Redis has it."""
+        return (await self._run_all(script, [(keys, args)]))[0]
+
+    async def _run_all(self, script: str, calls: Sequence[tuple[Sequence[str], Sequence[Any]]]) -> list[Any]:
+        found: list[Any] = []
+        for _ in range(2):
+            digest = self._scripts.get(script)
+            if digest is None:
+                text = (
+                    script.replace("P:", f"{self._root}:").replace("WINDOW", str(WINDOW)).replace("LIMIT", str(FALL), 1)
+                )
+                loaded = await self._ask("SCRIPT LOAD", text)
+                digest = self._scripts[script] = loaded if isinstance(loaded, str) else loaded.decode()
+            found = await self._pipe([("EVALSHA", digest, len(keys), *keys, *args) for keys, args in calls])
+            if not any(isinstance(answer, client.exceptions.NoScriptError) for answer in found):
+                break
+            del self._scripts[script]
+        return found
+
+    # ---- data -------------------------------------------------------------------------------------------------------
+
+    def _log(self, topic: str, index: int) -> str:
+        return f"{self._root}:log:{topic}:{index}"
+
+    async def make_topic(self, topic: str, partitions: int) -> None:
+        """Streams come into being with their first entry."""
+
+    @staticmethod
+    def _identity(message: Message) -> str:
+        return "" if message.fresh else f"{message.source}\0{message.id}"
+
+    def _arguments(self, entries: Sequence[Entry]) -> list[Any]:
+        found: list[Any] = []
+        for topic, index, body, message, due in entries:
+            held = pack_delayed(message) if due else body
+            found += (topic, index, self._identity(message), held, due or "0")
+        return found
+
+    async def append(self, entries: Sequence[Entry]) -> Sequence[int | StentorError]:
+        try:
+            found = await self._run(_APPEND, (), repr(self.clock.now()), *self._arguments(entries))
+        except Unavailable as error:
+            raise PublishUnknown([entry.message.id for entry in entries], str(error)) from None
+        if isinstance(found, Exception):
+            error = _error(found, self)
+            return [error] * len(entries)
+        return [DUPLICATE if number == -1 else number for number in found]
+
+    def reader(self) -> RedisReader:
+        return RedisReader(self)
+
+    async def bounds(self, topic: str, partitions: Sequence[int]) -> list[tuple[int, int]]:
+        end = int(await self._ask("HGET", f"{self._root}:topic:{topic}", "n") or 0) + 1
+        firsts = await self._pipe([("XRANGE", self._log(topic, i), "-", "+", "COUNT", 1) for i in partitions])
+        return [(_offset(found[0][0]) if found else end, end) for found in firsts]
+
+    async def find(self, topic: str, partitions: Sequence[int], moment: float) -> list[int]:
+        return [await self._search(topic, index, moment) for index in partitions]
+
+    async def _search(self, topic: str, index: int, moment: float) -> int:
+        [(low, high)] = await self.bounds(topic, [index])
+        while low < high:
+            middle = (low + high) // 2
+            page = await self.page(topic, index, middle, 1)
+            if not page or page[0].offset >= high or page[0].time >= moment:
+                high = middle
+            else:
+                low = page[0].offset + 1
+        return low
+
+    async def pending(self, places: Sequence[tuple[str, int, int]]) -> list[tuple[int, float | None]]:
+        commands: list[Sequence[Any]] = []
+        for topic, index, offset in places:
+            commands.append(("XRANGE", self._log(topic, index), f"{max(offset, 0)}-0", "+", "COUNT", 1))
+            commands.append(("HGET", f"{self._root}:topic:{topic}", index))
+        answers = await self._pipe(commands)
+        found: list[tuple[int, float | None]] = []
+        for first, last in zip(answers[::2], answers[1::2], strict=True):
+            if first:
+                id, fields = first[0]
+                found.append((int(last) - int(id.partition(b"-")[2]) + 1, float(fields[1])))
+            else:
+                found.append((0, None))
+        return found
+
+    async def page(self, topic: str, index: int, offset: int, limit: int) -> Sequence[Stored]:
+        rows = await self._ask("XRANGE", self._log(topic, index), f"{max(offset, 0)}-0", "+", "COUNT", limit)
+        name = topic.removeprefix(self.prefix)
+        return [
+            Stored(_offset(id), float(fields[1]), unpack(fields[3], name, f"{index}-{_offset(id)}"))
+            for id, fields in rows
+        ]
+
+    async def trim(self, topic: str, index: int, offset: int) -> None:
+        await self._ask("XTRIM", self._log(topic, index), "MINID", f"{offset}-0")
+
+    # ---- spaces -----------------------------------------------------------------------------------------------------
+
+    def _space(self, space: str) -> str:
+        return f"{self._root}:space:{space}"
+
+    async def names(self, space: str) -> list[str]:
+        return [name.decode() for name in await self._ask("HKEYS", self._space(space))]
+
+    async def get(self, wanted: Sequence[tuple[str, str]]) -> list[bytes | None]:
+        found = await self._pipe([("HGET", self._space(space), name) for space, name in wanted])
+        self._check(found)
+        return found
+
+    async def write(self, writes: Sequence[Write]) -> list[bool]:
+        now = repr(self.clock.now())
+        calls: list[tuple[Sequence[str], Sequence[Any]]] = []
+        for write in writes:
+            name, value = write.fence
+            arguments: list[Any] = [name, b"" if value is None else b"v" + value, now, len(write.changes)]
+            for changed, content in write.changes.items():
+                arguments += (changed, b"" if content is None else b"v" + content)
+            arguments += self._arguments(write.outputs)
+            calls.append(([self._space(write.space)], arguments))
+        found = await self._run_all(_WRITE, calls)
+        self._check(found)
+        return [answer == 1 for answer in found]
+
+    async def forget(self, spaces: Sequence[str]) -> None:
+        await self._ask("UNLINK", *map(self._space, spaces))
+
+    # ---- leases -----------------------------------------------------------------------------------------------------
+
+    def heart(self) -> RedisHeart:
+        return RedisHeart(client.Redis(**self._options, socket_timeout=self.lease / 2), f"{self._root}:lease:")
+
+    async def leases(self) -> dict[str, bytes]:
+        registry = f"{self._root}:lease:"
+        names = [name.decode() for name in await self._ask("SMEMBERS", registry)]
+        values = await self._pipe([("GET", registry + name) for name in names])
+        gone = [name for name, value in zip(names, values, strict=True) if value is None]
+        if gone:
+            await self._ask("SREM", registry, *gone)
+        return {name: value for name, value in zip(names, values, strict=True) if isinstance(value, bytes)}
+
+    # ---- delays -----------------------------------------------------------------------------------------------------
+
+    async def delayed(self, now: float) -> float:
+        due = await self._run(_FALL, (), now)
+        if isinstance(due, Exception):
+            raise _error(due, self)
+        arguments: list[Any] = []
+        for at, body in due:
+            message = unpack_delayed(body)
+            try:
+                entry = await self.entry(message, now)
+            except UnknownTopic:
+                continue
+            arguments += (at, entry.topic, entry.partition, entry.body)
+        if arguments:
+            await self._run(_FELL, (), repr(now), *arguments)
+        first = await self._ask("ZRANGE", f"{self._root}:due", 0, 0, "WITHSCORES")
+        return max(0.0, float(first[1]) - self.clock.now()) if first else 0.5
+
+    async def withdraw(self, id: str) -> bool:
+        cursor: Any = 0
+        while True:
+            cursor, rows = await self._ask("HSCAN", f"{self._root}:delayed", cursor, "COUNT", 500)
+            for at, body in zip(rows[::2], rows[1::2], strict=True):
+                if unpack_delayed(body).id == id:
+                    removed = await self._ask("ZREM", f"{self._root}:due", at)
+                    await self._ask("HDEL", f"{self._root}:delayed", at)
+                    return bool(removed)
+            if int(cursor) == 0:
+                return False
+
+
+def _offset(id: bytes) -> int:
+    return int(id.partition(b"-")[0])
+
+
+class RedisReader:
+    """Reads streams by XREAD, on a connection of its own."""
+
+    def __init__(self, broker: RedisBroker) -> None:
+        self._broker = broker
+        self._client: aio.Redis | None = None
+        self._next: dict[bytes, tuple[Held, int]] = {}
+        """By stream: the partition and the offset to read next."""
+        self._buffer: list[tuple[Held, int, Message]] = []
+        self._changed = asyncio.Event()
+
+    def _key(self, held: Held) -> bytes:
+        return self._broker._log(held.stored, held.index).encode()
+
+    def seek(self, held: Held, offset: int) -> None:
+        self._next[self._key(held)] = (held, offset)
+        self._changed.set()
+
+    def drop(self, held: Held) -> None:
+        found = self._next.get(self._key(held))
+        if found is not None and found[0] is held:
+            del self._next[self._key(held)]
+        self._buffer = [entry for entry in self._buffer if entry[0] is not held]
+
+    async def read(self, limit: int, wait: float) -> Sequence[tuple[Held, int, Message]]:
+        if not self._buffer:
+            await self._fill(limit, min(wait, 1.0))
+        found, self._buffer = self._buffer[:limit], self._buffer[limit:]
+        return found
+
+    async def _fill(self, limit: int, wait: float) -> None:
+        """Read on; a block ends when another partition is to be read too."""
+        if not self._next:
+            self._changed.clear()
+            try:
+                async with asyncio.timeout(wait):
+                    await self._changed.wait()
+            except TimeoutError:
+                return
+        self._changed.clear()
+        if self._client is None:
+            self._client = self._broker.client()
+        streams = dict(self._next)
+        rows = await self._xread(streams, max(1, limit // len(streams)), 0)
+        if not rows and wait:
+            reading = asyncio.ensure_future(self._xread(streams, max(1, limit // len(streams)), wait))
+            changing = asyncio.ensure_future(self._changed.wait())
+            try:
+                await asyncio.wait([reading, changing], return_when=asyncio.FIRST_COMPLETED)
+                if not reading.done():  # its connection is closed with it
+                    reading.cancel()
+                    await asyncio.gather(reading, return_exceptions=True)
+                    return
+                rows = reading.result()
+            finally:
+                changing.cancel()
+                reading.cancel()
+        prefix = len(self._broker.prefix)
+        for stream, entries in rows:
+            found = self._next.get(stream)
+            if found is None or found[0] is not streams[stream][0]:
+                continue
+            held = found[0]
+            topic = held.stored[prefix:]
+            offset = found[1]
+            for id, fields in entries:
+                offset = int(id.partition(b"-")[0])
+                self._buffer.append((held, offset, unpack(fields[3], topic, f"{held.index}-{offset}")))
+            self._next[stream] = (held, offset + 1)
+
+    async def _xread(self, streams: dict[bytes, tuple[Held, int]], count: int, wait: float) -> Any:
+        assert self._client is not None
+        block = ("BLOCK", max(1, int(wait * 1000))) if wait else ()
+        # XREAD gives what is after an id: that of the last entry which is not wanted.
+        after = [f"{offset - 1}-18446744073709551615" if offset > 0 else "0-0" for _, offset in streams.values()]
+        try:
+            return (
+                await self._client.execute_command("XREAD", "COUNT", count, *block, "STREAMS", *streams, *after) or ()
+            )
+        except (client.RedisError, OSError) as error:
+            raise _error(error, self._broker) from None
+
+    async def close(self) -> None:
+        if self._client is not None:
+            await self._client.aclose()
+            self._client = None
+
+
+class RedisHeart:
+    """A lease is a key that expires; a set has their names."""
+
+    def __init__(self, redis: client.Redis, prefix: str) -> None:
+        self._redis = redis
+        self._prefix = prefix
+
+    def beat(self, name: str, value: bytes, lease: float) -> None:
+        pipe = self._redis.pipeline(transaction=False)
+        pipe.execute_command("SET", self._prefix + name, value, "PX", int(lease * 1000))  # type: ignore[no-untyped-call]
+        pipe.execute_command("SADD", self._prefix, name)  # type: ignore[no-untyped-call]
+        pipe.execute()
+
+    def end(self, name: str) -> None:
+        self._redis.execute_command("DEL", self._prefix + name)  # type: ignore[no-untyped-call]
+        self._redis.execute_command("SREM", self._prefix, name)  # type: ignore[no-untyped-call]
+
+    def close(self) -> None:
+        self._redis.close()

@@ -1,0 +1,176 @@
+"""Delays for servers that have none: a topic of waiting messages, whose owner keeps them in its journal until due.
+
+The journal's names are ``d/<due>/<id>``, so that only names are in memory. What falls due is stored in its topic and
+its name removed in one settlement; after a crash between the two it is stored again under the same id.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import heapq
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from stentor.brokers.log_consumer import LogConsumer, decode_place
+from stentor.brokers.wire import delayed_until, unpack_delayed
+from stentor.errors import StentorError
+from stentor.event import Topic
+from stentor.message import Delivery, Message, Outcome, Partition, Settlement
+from stentor.subscription import Subscription
+
+if TYPE_CHECKING:
+    from stentor.brokers.log import LogBroker
+
+DELAY_TOPIC = "stentor.delay"
+DELAY_GROUP = "stentor.delay"
+FALL = 500
+"""Messages that fall due in one settlement."""
+
+
+def _name(due: float, id: str) -> str:
+    return f"d/{round(due * 1000):015d}/{id}"
+
+
+class Staging:
+    """The part of one process in holding delayed messages back: at most one process owns the topic at a time."""
+
+    def __init__(self, broker: LogBroker) -> None:
+        self._broker = broker
+        self.topic = ""
+        """The name of the waiting messages' topic on the server, once it is declared."""
+        self._consumer: LogConsumer | None = None
+        self._partition: Partition | None = None
+        self._waiting: list[str] = []
+        """A heap of names."""
+        self._running: asyncio.Task[None] | None = None
+        self._starting = asyncio.Lock()
+
+    async def start(self) -> str:
+        """Declare the topic and take part in holding it; its name on the server."""
+        async with self._starting:
+            if self._running is None:
+                subscription = Subscription(group=DELAY_GROUP, topics=(DELAY_TOPIC,), single=True)
+                await self._broker.declare([Topic(DELAY_TOPIC, partitions=1)], [subscription])
+                self.topic = (await self._broker.topic(DELAY_TOPIC)).stored
+                self._consumer = await self._broker.subscribe(subscription, self)
+                await self._consumer.start()
+                self._running = asyncio.create_task(self._run(self._consumer), name="stentor delays")
+        return self.topic
+
+    async def stop(self) -> None:
+        if self._running is not None:
+            self._running.cancel()
+            await asyncio.gather(self._running, return_exceptions=True)
+            self._running = None
+        if self._consumer is not None:
+            with contextlib.suppress(StentorError):
+                await self._consumer.close()
+            self._consumer = None
+        self.topic = ""
+
+    # ---- ownership: called by the consumer --------------------------------------------------------------------------
+
+    async def assigned(self, partitions: Sequence[Partition]) -> None:
+        assert self._consumer is not None
+        [partition] = partitions
+        self._waiting = [name for name in await self._consumer.names(partition) if name.startswith("d/")]
+        heapq.heapify(self._waiting)
+        self._partition = partition
+
+    async def revoked(self, partitions: Sequence[Partition]) -> None:  # noqa: ARG002
+        self._partition = None
+        self._waiting = []
+
+    def lost(self, partitions: Sequence[Partition]) -> None:  # noqa: ARG002
+        self._partition = None
+        self._waiting = []
+
+    # ---- what waits -------------------------------------------------------------------------------------------------
+
+    async def _run(self, consumer: LogConsumer) -> None:
+        broker = self._broker
+        unsettled: list[Delivery] = []
+        while True:
+            try:
+                if unsettled:
+                    await self._keep(consumer, unsettled)
+                    unsettled = []
+                now = broker.clock.now()
+                while self._waiting and int(self._waiting[0][2:17]) <= now * 1000:
+                    await self._fall(consumer, now)
+                wait = 0.5
+                if self._waiting:
+                    wait = min(wait, max(0.001, int(self._waiting[0][2:17]) / 1000 - now))
+                unsettled = list(await consumer.fetch(FALL, wait))
+            except StentorError:
+                await broker.clock.sleep(0.2)
+
+    async def _keep(self, consumer: LogConsumer, deliveries: Sequence[Delivery]) -> None:
+        """Move new messages into the journal."""
+        settlements, names = [], []
+        for delivery in deliveries:
+            body = delivery.message.data
+            names.append(_name(*delayed_until(body)))
+            settlements.append(Settlement(delivery.partition, delivery.offset, Outcome.ACK, (), {names[-1]: body}))
+        failures = await consumer.settle(settlements)
+        failed = {id(failure.settlement) for failure in failures}
+        for settlement, name in zip(settlements, names, strict=True):
+            if id(settlement) not in failed:
+                heapq.heappush(self._waiting, name)
+
+    async def _fall(self, consumer: LogConsumer, now: float) -> None:
+        """Let what is due appear in its topic, except for what was cancelled."""
+        partition = self._partition
+        if partition is None:
+            return
+        marks = await consumer.marks()
+        cancelled = {mark.name.removeprefix("m/cancel/") for mark in marks}
+        due: list[str] = []
+        while self._waiting and len(due) < FALL and int(self._waiting[0][2:17]) <= now * 1000:
+            due.append(heapq.heappop(self._waiting))
+        try:
+            bodies = await consumer.read(partition, due)
+            settlements = []
+            for name in due:
+                body = bodies.get(name)
+                records: dict[str, bytes | None] = {name: None}
+                outputs: tuple[Message, ...] = ()
+                id = name[18:]
+                if id in cancelled:
+                    records[f"m/cancel/{id}"] = None
+                elif body is not None:
+                    outputs = (unpack_delayed(body),)
+                settlements.append(Settlement(partition, 0, Outcome.NONE, outputs, records))
+            failures = await consumer.settle(settlements)
+        except StentorError:
+            if self._partition is partition:
+                for name in due:
+                    heapq.heappush(self._waiting, name)
+            raise
+        for failure in failures:
+            if self._partition is partition:
+                for name in failure.settlement.records:
+                    if name.startswith("d/"):
+                        heapq.heappush(self._waiting, name)
+        if failures:
+            raise failures[0].error
+
+    async def cancel(self, id: str) -> bool:
+        """Mark a waiting message as not wanted; False if none of that id waits."""
+        broker = self._broker
+        await self.start()
+        record = await broker.group(DELAY_GROUP)
+        space = broker.space(record.id, DELAY_TOPIC, 0)
+        while True:
+            names = await broker.names(space)
+            if f"m/cancel/{id}" in names:
+                return False
+            if any(name.startswith("d/") and name[18:] == id for name in names):
+                await broker.admin.leave_mark(space, f"m/cancel/{id}", b"")
+                return True
+            [place] = await broker.get([(space, "!place")])
+            arriving = await broker.page(self.topic, 0, 0 if place is None else decode_place(place).prefix, FALL)
+            if all(delayed_until(stored.message.data)[1] != id for stored in arriving):
+                return False
+            await broker.clock.sleep(0.05)  # its owner is about to move it into the journal
