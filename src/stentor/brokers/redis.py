@@ -168,7 +168,9 @@ class RedisBroker(LogBroker):
 
     def client(self) -> aio.Redis:
         """A client of its own, with further connections."""
-        return aio.Redis(**self._options, socket_timeout=30.0, max_connections=64)
+        made = aio.Redis(**self._options, socket_timeout=30.0, max_connections=64)
+        made.response_callbacks.clear()  # answers as Redis gives them: quicker, and the same for every command
+        return made
 
     async def disconnect(self) -> None:
         if self._redis is not None:
@@ -215,7 +217,7 @@ class RedisBroker(LogBroker):
                     script.replace("P:", f"{self._root}:").replace("WINDOW", str(WINDOW)).replace("LIMIT", str(FALL), 1)
                 )
                 loaded = await self._ask("SCRIPT LOAD", text)
-                digest = self._scripts[script] = loaded if isinstance(loaded, str) else loaded.decode()
+                digest = self._scripts[script] = loaded.decode()
             found = await self._pipe([("EVALSHA", digest, len(keys), *keys, *args) for keys, args in calls])
             if not any(isinstance(answer, client.exceptions.NoScriptError) for answer in found):
                 break
