@@ -231,6 +231,7 @@ class LogBroker:
     async def _tick(self) -> None:
         """Let delayed events appear, keep house."""
         cleaned = self.clock.monotonic()
+        trouble = ""
         while True:
             wait = 0.5
             try:
@@ -239,8 +240,11 @@ class LogBroker:
                 if self.clock.monotonic() - cleaned > HOUSEKEEPING:
                     cleaned = self.clock.monotonic()
                     await self.admin.keep_house(HOUSEKEEPING)
+                trouble = ""
             except StentorError as error:
-                log.debug("%s: %s", self, error)
+                if str(error) != trouble:
+                    trouble = str(error)
+                    log.warning("%s; trying again", error)
             await self.clock.sleep(max(wait, 0.002))
 
     # ---- what is declared --------------------------------------------------------------------------------------------

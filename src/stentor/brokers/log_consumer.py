@@ -78,7 +78,7 @@ class LogConsumer:
         self._reader = broker.reader()
         self._balancing: asyncio.Task[None] | None = None
         self._nudge = asyncio.Event()
-        self._size = 65536.0
+        self._size = 2.0**20
         """The size of a message, a running mean that starts high: what one read brings must be bounded."""
 
     async def start(self) -> None:

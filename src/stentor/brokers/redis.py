@@ -81,7 +81,7 @@ return 1
 _FALL = (
     _STORE
     + """
-local due = redis.call('ZRANGE', 'P:due', '-inf', ARGV[1], 'BYSCORE', 'LIMIT', 0, FALL)
+local due = redis.call('ZRANGE', 'P:due', '-inf', ARGV[1], 'BYSCORE', 'LIMIT', 0, MOST)
 local found = {}
 for i, at in ipairs(due) do found[i] = {at, redis.call('HGET', 'P:delayed', at)} end
 return found
@@ -213,9 +213,7 @@ class RedisBroker(LogBroker):
         for _ in range(2):
             digest = self._scripts.get(script)
             if digest is None:
-                text = (
-                    script.replace("P:", f"{self._root}:").replace("WINDOW", str(WINDOW)).replace("LIMIT", str(FALL), 1)
-                )
+                text = script.replace("P:", f"{self._root}:").replace("WINDOW", str(WINDOW)).replace("MOST", str(FALL))
                 loaded = await self._ask("SCRIPT LOAD", text)
                 digest = self._scripts[script] = loaded.decode()
             found = await self._pipe([("EVALSHA", digest, len(keys), *keys, *args) for keys, args in calls])

@@ -14,7 +14,7 @@ from msgspec import UNSET, Raw, Struct, UnsetType
 
 from stentor.cloudevents import from_structured
 from stentor.errors import InvalidEvent
-from stentor.message import Message
+from stentor.message import Attribute, Message
 
 CONTENT_TYPE = "application/cloudevents+json"
 
@@ -35,11 +35,11 @@ class _Event(Struct, gc=False):
     subject: str | None = None
     datacontenttype: str | None = None
     dataschema: str | None = None
-    schemaversion: int | UnsetType = UNSET
-    correlationid: str | UnsetType = UNSET
-    causationid: str | UnsetType = UNSET
-    traceparent: str | UnsetType = UNSET
-    recordedtime: str | UnsetType = UNSET
+    schemaversion: Attribute | UnsetType = UNSET
+    correlationid: Attribute | UnsetType = UNSET
+    causationid: Attribute | UnsetType = UNSET
+    traceparent: Attribute | UnsetType = UNSET
+    recordedtime: Attribute | UnsetType = UNSET
 
 
 _encode = msgspec.json.Encoder().encode
@@ -115,7 +115,7 @@ def unpack(body: bytes, topic: str, place: str) -> Message:
         except msgspec.DecodeError:
             pass
         else:
-            extensions: Any = {}
+            extensions: dict[str, Attribute] = {}
             if event.schemaversion is not UNSET:
                 extensions["schemaversion"] = event.schemaversion
             if event.correlationid is not UNSET:
