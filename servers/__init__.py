@@ -167,12 +167,14 @@ def apt(*packages: str, program: str) -> None:
             ["apt-get", "update", "-qq"],
             ["apt-get", "install", "-qq", "-y", "--no-install-recommends", *packages],
         )
+        said = ""
         for command in commands:
             done = subprocess.run(
                 command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
             )
+            said = done.stderr[-500:]
         if not (shutil.which(program) or Path(program).exists()):
-            raise Missing(f"{wish} did not bring {program}: {done.stderr[-500:]}")
+            raise Missing(f"{wish} did not bring {program}: {said}")
 
 
 def maven(name: str, *artifacts: str) -> str:

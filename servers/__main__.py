@@ -59,8 +59,8 @@ def down(folder: Path) -> None:
 def main(args: list[str]) -> int:
     """Run a command; its exit code."""
     match args:
-        case ["hold", name, folder, parent, secure]:
-            hold(name, Path(folder), int(parent), secure == "1")
+        case ["hold", name, place, parent, secure]:
+            hold(name, Path(place), int(parent), secure == "1")
             return 0
         case ["up", _, *_]:
             return max(up(wish) for wish in args[1:])
@@ -73,6 +73,8 @@ def main(args: list[str]) -> int:
                 if (state := running(folder)) is not None:
                     print(f"{folder.name:16}{state.get('url')}")
             return 0
+        case _:
+            pass
     print(USAGE, file=sys.stderr)
     return 2
 

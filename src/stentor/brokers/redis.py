@@ -192,7 +192,7 @@ class RedisBroker(LogBroker):
             return []
         pipe = self.native.pipeline(transaction=False)
         for command in commands:
-            pipe.execute_command(*command)  # type: ignore[no-untyped-call]
+            pipe.execute_command(*command)
         try:
             found: list[Any] = await pipe.execute(raise_on_error=False)
         except (client.RedisError, OSError) as error:
@@ -247,8 +247,7 @@ class RedisBroker(LogBroker):
         except Unavailable as error:
             raise PublishUnknown([entry.message.id for entry in entries], str(error)) from None
         if isinstance(found, Exception):
-            error = _error(found, self)
-            return [error] * len(entries)
+            return [_error(found, self)] * len(entries)
         return [DUPLICATE if number == -1 else number for number in found]
 
     def reader(self) -> RedisReader:
@@ -455,9 +454,8 @@ class RedisReader:
         # XREAD gives what is after an id: that of the last entry which is not wanted.
         after = [f"{offset - 1}-18446744073709551615" if offset > 0 else "0-0" for _, offset in streams.values()]
         try:
-            return (
-                await self._client.execute_command("XREAD", "COUNT", count, *block, "STREAMS", *streams, *after) or ()
-            )
+            command = ("XREAD", "COUNT", count, *block, "STREAMS", *streams, *after)
+            return await self._client.execute_command(*command) or ()  # type: ignore[no-untyped-call]
         except (client.RedisError, OSError) as error:
             raise _error(error, self._broker) from None
 
