@@ -232,7 +232,7 @@ class LogBroker:
         """Let delayed events appear, keep house."""
         cleaned = self.clock.monotonic()
         trouble = ""
-        while True:
+        while not self.closed:
             wait = 0.5
             try:
                 if self.native_delay:

@@ -91,7 +91,7 @@ class LogConsumer:
     # ---- ownership --------------------------------------------------------------------------------------------------
 
     async def _keep_balance(self) -> None:
-        while True:
+        while not self.closed:  # a client library may swallow the cancellation
             try:
                 async with asyncio.timeout(min(self.broker.beat / 2, 0.5)):
                     await self._nudge.wait()
