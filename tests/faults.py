@@ -32,7 +32,7 @@ from stentor.errors import PublishUnknown, Unavailable
 from stentor.event import Outgoing
 from stentor.health import Health
 from stentor.message import Receipt
-from stentor.testing.conformance import Rules as _  # noqa: F401  first: it has asserts rewritten
+from stentor.testing.conformance import Rules  # noqa: F401  first: it has asserts rewritten
 from stentor.testing.conformance.events import Job
 from stentor.testing.conformance.fleet import Fleet, FleetScene
 from stentor.testing.conformance.program import Act

@@ -9,7 +9,7 @@ from contextlib import suppress
 import pytest
 
 from servers import free_port
-from stentor.testing.conformance import Rules as _  # noqa: F401  first: it has asserts rewritten
+from stentor.testing.conformance import Rules  # noqa: F401  first: it has asserts rewritten
 from stentor.testing.conformance.stage import until
 from tests.faults import Proxy
 
