@@ -439,12 +439,15 @@ class LogBroker:
             try:
                 results = await self.append(entries)
             except BaseException as error:
-                for _, future in taken:
-                    if not future.done():
-                        if isinstance(error, StentorError):
-                            future.set_exception(error)
-                        else:
-                            future.cancel()
+                for part, future in taken:
+                    if future.done():
+                        continue
+                    if isinstance(error, PublishUnknown):  # each is told of its own
+                        future.set_exception(PublishUnknown([entry.message.id for entry in part], error.why))
+                    elif isinstance(error, StentorError):
+                        future.set_exception(error)
+                    else:
+                        future.cancel()
                 if not isinstance(error, StentorError):
                     raise
                 continue

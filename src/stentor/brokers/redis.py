@@ -177,7 +177,8 @@ class RedisBroker(LogBroker):
 
     def client(self) -> aio.Redis:
         """A client of its own, with further connections."""
-        made = aio.Redis(**self._options, socket_timeout=30.0, max_connections=64)
+        # A connection that is half open shows by silence alone: no command takes longer than a read may block.
+        made = aio.Redis(**self._options, socket_timeout=max(2.0, self.lease / 2), max_connections=64)
         made.response_callbacks.clear()  # answers as Redis gives them: quicker, and the same for every command
         return made
 
@@ -254,6 +255,8 @@ class RedisBroker(LogBroker):
         try:
             found = await self._run(_APPEND, (), repr(self.clock.now()), *self._arguments(entries))
         except Unavailable as error:
+            if " connecting to " in str(error):
+                raise  # nothing was sent
             raise PublishUnknown([entry.message.id for entry in entries], str(error)) from None
         if isinstance(found, Exception):
             return [_error(found, self)] * len(entries)
