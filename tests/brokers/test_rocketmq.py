@@ -1,0 +1,83 @@
+"""RocketMQ alone: TLS and passwords, faults of the server and of the way to it, what it does not take."""
+
+from __future__ import annotations
+
+import logging
+from urllib.parse import quote
+
+import pytest
+
+from servers import free_port
+from servers.tls import PASSWORD
+from stentor import App, Event
+from stentor.connect import connect
+from stentor.errors import AuthenticationFailed, ConfigError, Unavailable
+from stentor.event import Topic
+from tests.faults import ServerFaults
+from tests.real import fresh, server_url
+
+pytestmark = [pytest.mark.server, pytest.mark.slow]
+
+
+class TestRocketMQServer(ServerFaults):
+    name = "rocketmq"
+    options = {"lease": 1, "beat": 0.25, "partitions": 4}  # noqa: RUF012
+
+
+class Placed(Event, topic="orders.placed", key="order_id", type="test.placed"):
+    order_id: str
+
+
+async def test_tls_and_password(tmp_path_factory: pytest.TempPathFactory, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.DEBUG)
+    app = App("shop", broker=fresh(server_url("rocketmq", tmp_path_factory, secure=True), partitions=2))
+
+    @app.on(Placed)
+    async def ship(order: Placed) -> None: ...
+
+    async with app.connected():
+        receipt = await app.publish(Placed(order_id="o1"))
+        assert receipt.position is not None
+        found = [message.type async for _, message in app.broker.browse("orders.placed", "earliest", follow=False)]
+        assert found == ["test.placed"]
+    assert PASSWORD not in caplog.text
+    assert quote(PASSWORD, safe="") not in caplog.text
+
+
+@pytest.mark.parametrize("user", ["", "stentor:wrong@", "nobody:wrong@"])
+async def test_wrong_credentials_fail_at_once(tmp_path_factory: pytest.TempPathFactory, user: str) -> None:
+    url = server_url("rocketmq", tmp_path_factory, secure=True)
+    head, _, rest = url.rpartition("@")
+    broker = connect(fresh(head.partition("//")[0] + "//" + user + rest))
+    with pytest.raises(AuthenticationFailed) as caught:
+        await broker.open()
+    assert "wrong" not in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+async def test_a_certificate_of_somebody_else_is_refused(tmp_path_factory: pytest.TempPathFactory) -> None:
+    url = server_url("rocketmq", tmp_path_factory, secure=True).partition("&ca=")[0]
+    with pytest.raises(AuthenticationFailed, match="certificate"):
+        await connect(fresh(url)).open()
+
+
+async def test_nobody_listens() -> None:
+    with pytest.raises(Unavailable, match="cannot be reached"):
+        await connect(f"rocketmq://127.0.0.1:{free_port()}").open()
+
+
+def test_options() -> None:
+    with pytest.raises(ConfigError, match="acks"):
+        connect("rocketmq://localhost?acks=all")
+    with pytest.raises(ConfigError, match="durable"):
+        connect("rocketmq://localhost?durable=replica")
+
+
+async def test_a_name_that_rocketmq_does_not_take(tmp_path_factory: pytest.TempPathFactory) -> None:
+    broker = connect(fresh(server_url("rocketmq", tmp_path_factory)))
+    await broker.open()
+    try:
+        with pytest.raises(ConfigError, match="127 characters"):
+            await broker.declare([Topic("a" * 150)], [])
+    finally:
+        await broker.close()
