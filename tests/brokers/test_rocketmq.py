@@ -13,7 +13,7 @@ from stentor import App, Event
 from stentor.connect import connect
 from stentor.errors import AuthenticationFailed, ConfigError, Unavailable
 from stentor.event import Topic
-from tests.faults import ServerFaults
+from tests.faults import Proxy, ServerFaults
 from tests.real import fresh, server_url
 
 pytestmark = [pytest.mark.server, pytest.mark.slow]
@@ -22,6 +22,10 @@ pytestmark = [pytest.mark.server, pytest.mark.slow]
 class TestRocketMQServer(ServerFaults):
     name = "rocketmq"
     options = {"lease": 1, "beat": 0.25, "partitions": 4}  # noqa: RUF012
+
+    @pytest.fixture
+    def proxy(self) -> Proxy:
+        pytest.skip("RocketMQ's name server hands out the broker's own address, past the proxy")
 
 
 class Placed(Event, topic="orders.placed", key="order_id", type="test.placed"):
