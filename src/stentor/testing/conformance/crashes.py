@@ -210,7 +210,9 @@ class Moves(FleetScene):
         audit = fleet.audit()
         assert audit.clean, audit
         assert audit.duplicates == 1, "what ran in the paused process, counted"
-        assert len(await fleet.stage.browse("made")) == 3
+        made = await fleet.stage.browse("made")
+        assert len({message.id for message in made}) == 3
+        assert len(made) == 3 or not (fleet.stage.features.dedupe or fleet.stage.features.atomic)
 
     async def test_r06_park_over_processes(self, fleet: Fleet) -> None:
         """A key that is held for its dead letter stays held in the next process; a redrive goes on in order there."""
