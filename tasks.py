@@ -173,7 +173,7 @@ def slow(args: list[str]) -> int:
 
 @command
 def conformance(args: list[str]) -> int:
-    """Run the contract's tests on every broker, or on one: `conformance sqlite`."""
+    """Run the contract's tests on every broker, or on one: `conformance redis`. Real servers are started for it."""
     chosen = ["-k", args.pop(0)] if args and not args[0].startswith("-") else []
     return pytest(environment("test"), "-m", "conformance and not soak", *chosen, *args)
 
@@ -264,7 +264,9 @@ def flights(args: list[str]) -> int:
 @command
 def ci(_args: list[str]) -> int:
     """Run all that must hold before a change lands, and say which step failed."""
-    steps = ["test", "lint", "types", "docs", "slow", "conformance memory", "conformance sqlite", "soak --minutes 2"]
+    steps = ["test", "lint", "types", "docs", "slow"]
+    steps += [f"conformance {name}" for name in ("memory", "sqlite", "redis")]
+    steps += ["soak --minutes 2"]
     counts = dict.fromkeys(("failed", "passed", "skipped", "xfailed", "errors"), 0)
     report: list[str] = []
     failed = 0
