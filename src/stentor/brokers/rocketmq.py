@@ -32,6 +32,7 @@ from stentor.brokers.rocketmq_remoting import (
     MAX_OFFSET,
     MIN_OFFSET,
     MOVED,
+    NO_TOPIC,
     NOT_FLUSHED,
     NOT_FOUND,
     OK,
@@ -116,6 +117,7 @@ class RocketMQBroker(LogBroker):
         self._links: dict[str, asyncio.Task[Link]] = {}
         self._homes: dict[str, tuple[str, str]] = {}
         """By topic as stored: the name and the address of the broker that holds it."""
+        self._last: dict[str, tuple[str, str]] = {}
         self._ends: dict[tuple[str, int], int] = {}
         """What was confirmed; the server shows it a few milliseconds later."""
         self._store: LogStore | None = None
@@ -200,11 +202,17 @@ class RocketMQBroker(LogBroker):
         stored = _stored(topic)
         home = self._homes.get(stored)
         if home is None:
-            found = check(await self._name_server(ROUTE, {"topic": stored, "acceptStandardJsonOnly": "true"}), self)
+            found = await self._name_server(ROUTE, {"topic": stored, "acceptStandardJsonOnly": "true"})
+            if found.code == NO_TOPIC:  # the name server forgets the topics of a broker that is away
+                if stored in self._last:
+                    return self._last[stored]
+                await self.masters()
+            check(found, self)
             brokers = [b for b in _route.decode(found.body)["brokerDatas"] if "0" in b["brokerAddrs"]]
             if not brokers:
                 raise Unavailable(f"{self}: the broker of topic {topic} is away")
-            home = self._homes[stored] = (brokers[0]["brokerName"], brokers[0]["brokerAddrs"]["0"])
+            home = (brokers[0]["brokerName"], brokers[0]["brokerAddrs"]["0"])
+            self._homes[stored] = self._last[stored] = home
         return home
 
     async def call(
@@ -235,7 +243,7 @@ class RocketMQBroker(LogBroker):
             "attributes": "+message.type=NORMAL",
         }  # fmt: skip
         check(await self._call(home[1], CREATE_TOPIC, fields), self)
-        self._homes[_stored(topic)] = home
+        self._homes[_stored(topic)] = self._last[_stored(topic)] = home
 
     async def drop_topic(self, topic: str) -> None:
         """Remove a topic; it need not exist."""
@@ -248,6 +256,7 @@ class RocketMQBroker(LogBroker):
             with contextlib.suppress(Unavailable):
                 await self._call(name, DELETE_TOPIC_NAMES, {"topic": _stored(topic)})
         self._homes.pop(_stored(topic), None)
+        self._last.pop(_stored(topic), None)
 
     async def send(self, topic: str, index: int, bodies: Sequence[bytes]) -> int:
         """Store messages in a queue, all or none; the offset of the first. Raises PublishUnknown without ids."""
