@@ -1,15 +1,22 @@
-"""What is special about Redis: its faults, its security, and what it says when it cannot be used."""
+"""What is special to Redis: TLS, users and passwords, memory that runs out, eviction; and faults of the real server."""
+
+from __future__ import annotations
 
 import asyncio
+import logging
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
 from pathlib import Path
-from urllib.parse import urlsplit
+from urllib.parse import quote
 
 import pytest
 
+from servers.redis import Redis
+from servers.tls import PASSWORD, USER
+from stentor import App, Event
+from stentor.brokers.redis import RedisBroker
 from stentor.connect import connect
-from stentor.errors import AuthenticationFailed, ConfigError, StentorError, StorageFull, Unavailable
-from stentor.event import Topic
-from stentor.message import Message
+from stentor.errors import AuthenticationFailed, ConfigError, StorageFull, Unavailable
 from tests.faults import ServerFaults
 from tests.real import fresh, server_url
 
@@ -21,84 +28,154 @@ class TestRedisServer(ServerFaults):
     options = {"lease": 1, "beat": 0.25}  # noqa: RUF012
 
 
-@pytest.fixture
-def secure(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return fresh(server_url("redis", tmp_path_factory, secure=True))
+class Noted(Event, topic="notes", key="about", type="test.noted"):
+    about: str
+    text: str = ""
 
 
-@pytest.fixture
-def plain(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return fresh(server_url("redis", tmp_path_factory))
-
-
-async def refused(url: str) -> str:
-    """What ``open`` says of a URL that cannot be used."""
+@asynccontextmanager
+async def opened(url: str) -> AsyncIterator[RedisBroker]:
     broker = connect(url)
-    with pytest.raises(StentorError) as raised:
+    assert isinstance(broker, RedisBroker)
+    await broker.open()
+    try:
+        yield broker
+    finally:
+        await broker.close()
+
+
+async def ask(broker: RedisBroker, *command: str) -> None:
+    await broker.native.execute_command(*command)  # type: ignore[no-untyped-call]
+
+
+async def round_trip(url: str) -> list[str]:
+    """What a handler sees of one event that went through the broker."""
+    app = App("secure", broker=url)
+    seen: list[str] = []
+    done = asyncio.Event()
+
+    @app.on(Noted)
+    async def note(noted: Noted) -> None:
+        seen.append(noted.about)
+        done.set()
+
+    async with app:
+        await app.publish(Noted(about="tls"))
         async with asyncio.timeout(20):
-            await broker.open()
-    return f"{type(raised.value).__name__}: {raised.value}"
+            await done.wait()
+    return seen
 
 
-async def test_tls_and_a_password(secure: str) -> None:
-    broker = connect(secure)
-    await broker.open()
-    try:
-        await broker.declare([Topic("t")], [])
-        [receipt] = await broker.publish([Message(id="1", source="s", type="x", topic="t", data=b"{}")])
-        assert receipt.position == 1
-        assert [message.id async for _, message in broker.browse("t", "earliest", follow=False)] == ["1"]
-    finally:
-        await broker.close()
+class TestSecure:
+    @pytest.fixture
+    def url(self, tmp_path_factory: pytest.TempPathFactory) -> str:
+        return fresh(server_url("redis", tmp_path_factory, secure=True))
+
+    async def test_tls_user_and_password(self, url: str) -> None:
+        assert url.startswith("rediss://")
+        assert await round_trip(url) == ["tls"]
+
+    async def test_password_file(self, url: str, tmp_path: Path) -> None:
+        (tmp_path / "password").write_text(PASSWORD + "\n", "utf-8")
+        bare = url.replace(f":{quote(PASSWORD, safe='')}@", "@")
+        assert bare != url
+        assert await round_trip(f"{bare}&password_file={tmp_path / 'password'}") == ["tls"]
+
+    @pytest.mark.parametrize("login", [f"{USER}:wrong-word@", "nobody:wrong-word@", ""])
+    async def test_wrong_credentials_fail_fast(self, url: str, login: str, caplog: pytest.LogCaptureFixture) -> None:
+        caplog.set_level(logging.DEBUG)
+        wrong = url.replace(f"{USER}:{quote(PASSWORD, safe='')}@", login)
+        async with asyncio.timeout(5):
+            with pytest.raises(AuthenticationFailed) as caught:
+                await connect(wrong).open()
+        assert "\n" not in str(caught.value)
+        assert "wrong-word" not in str(caught.value) + caplog.text
+
+    async def test_password_is_in_no_log(self, url: str, caplog: pytest.LogCaptureFixture) -> None:
+        caplog.set_level(logging.DEBUG)
+        await round_trip(url)
+        for word in (PASSWORD, quote(PASSWORD, safe="")):
+            assert word not in caplog.text
+
+    async def test_server_is_verified(self, url: str) -> None:
+        with pytest.raises(Unavailable, match="certificate"):  # signed by nobody known
+            await connect(url.partition("?")[0]).open()
+        with pytest.raises(Unavailable, match="certificate"):  # of localhost and 127.0.0.1, not of this address
+            await connect(url.replace("@localhost:", "@0.0.0.0:")).open()
 
 
-async def test_a_password_from_a_file(secure: str, tmp_path: Path) -> None:
-    parts = urlsplit(secure)
-    assert parts.password is not None
-    file = tmp_path / "password"
-    file.write_text("s3cret/päss\n", "utf-8")
-    bare = secure.replace(f":{parts.password}@", "@")
-    broker = connect(f"{bare}&password_file={file}")
-    await broker.open()
-    await broker.close()
+async def test_wrong_address_is_unavailable() -> None:
+    with pytest.raises(Unavailable):
+        await connect("redis://127.0.0.1:1").open()
 
 
-async def test_a_wrong_password_fails_fast_in_one_line(secure: str) -> None:
-    parts = urlsplit(secure)
-    assert parts.password is not None
-    said = await refused(secure.replace(parts.password, "wrong"))
-    assert said.startswith(AuthenticationFailed.__name__)
-    assert "wrong@" not in said
-    assert "\n" not in said
+@pytest.mark.parametrize("query", ["no_such=1", "lease=soon"])
+def test_options_are_checked(query: str) -> None:
+    with pytest.raises(ConfigError):
+        connect(f"redis://localhost?{query}")
 
 
-async def test_an_unknown_authority_is_refused(secure: str) -> None:
-    assert "certificate" in (await refused(secure.split("?")[0])).lower()
+class TestRoom:
+    """A server of its own, whose settings the tests change."""
 
+    @pytest.fixture
+    def server(self, tmp_path: Path) -> Iterator[Redis]:
+        Redis.install()
+        with Redis(tmp_path / "redis") as server:
+            yield server
 
-async def test_nobody_there() -> None:
-    assert (await refused("redis://127.0.0.1:1")).startswith(Unavailable.__name__)
-
-
-def test_options() -> None:
-    with pytest.raises(ConfigError, match="unknown option colour"):
-        connect("redis://localhost?colour=red")
-
-
-async def test_a_full_server_refuses_and_loses_nothing(plain: str) -> None:
-    broker = connect(plain)
-    await broker.open()
-    try:
-        await broker.declare([Topic("t")], [])
-        await broker.publish([Message(id="1", source="s", type="x", topic="t", data=b"{}")])
-        native = getattr(broker, "native")  # noqa: B009  of this broker only
-        await native.execute_command("CONFIG", "SET", "maxmemory", "1")
-        try:
+    async def test_out_of_memory_loses_nothing(self, server: Redis) -> None:
+        """At maxmemory a publish is refused as a whole; all that was confirmed is there, and it goes on after."""
+        app = App("room", broker=server.url)
+        app.publishes(Noted)
+        async with app.connected(), opened(server.url) as broker:
+            await ask(broker, "CONFIG", "SET", "maxmemory", "6mb")
+            confirmed = 0
             with pytest.raises(StorageFull):
-                await broker.publish([Message(id="2", source="s", type="x", topic="t", data=b"{}")])
-        finally:
-            await native.execute_command("CONFIG", "SET", "maxmemory", "0")
-        await broker.publish([Message(id="3", source="s", type="x", topic="t", data=b"{}")])
-        assert [message.id async for _, message in broker.browse("t", "earliest", follow=False)] == ["1", "3"]
-    finally:
-        await broker.close()
+                while confirmed < 10_000:
+                    await app.publish([Noted(about=f"{confirmed}.{n}", text="x" * 10_000) for n in range(10)])
+                    confirmed += 10
+            assert 0 < confirmed < 10_000
+            assert len([m async for _, m in broker.browse("notes", "earliest", follow=False)]) == confirmed
+            await ask(broker, "CONFIG", "SET", "maxmemory", "0")
+            await app.publish(Noted(about="more"))
+            assert len([m async for _, m in broker.browse("notes", "earliest", follow=False)]) == confirmed + 1
+
+    async def test_health_tells_of_eviction(self, server: Redis) -> None:
+        async with opened(server.url) as broker:
+            assert await broker.health() is None
+            await ask(broker, "CONFIG", "SET", "maxmemory-policy", "allkeys-lru")
+            assert "maxmemory-policy" in (await broker.health() or "")
+
+    async def test_health_tells_of_a_weaker_disk(self, server: Redis) -> None:
+        async with opened(server.url) as broker:
+            await ask(broker, "CONFIG", "SET", "appendfsync", "everysec")
+            assert "appendfsync" in (await broker.health() or "")
+            await ask(broker, "CONFIG", "SET", "appendonly", "no")
+            assert "appendonly" in (await broker.health() or "")
+
+    async def test_killed_clients_come_back(self, server: Redis) -> None:
+        """CLIENT KILL of all connections: the next events are handled."""
+        app = App("killed", broker=f"{server.url}?lease=1&beat=0.25")
+        seen: list[str] = []
+        woken = asyncio.Event()
+
+        @app.on(Noted)
+        async def note(noted: Noted) -> None:
+            seen.append(noted.about)
+            woken.set()
+
+        async with app, opened(server.url) as killer:
+            for n in range(3):
+                await ask(killer, "CLIENT", "KILL", "TYPE", "normal", "SKIPME", "yes")
+                async with asyncio.timeout(20):
+                    while True:
+                        try:
+                            await app.publish(Noted(about=str(n)), id=str(n))
+                            break
+                        except Unavailable:
+                            continue
+                    while str(n) not in seen:
+                        woken.clear()
+                        await woken.wait()
+        assert seen == ["0", "1", "2"]

@@ -13,10 +13,11 @@ from typing import Any
 
 import redis as client
 import redis.asyncio as aio
+from msgspec.msgpack import encode
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
-from stentor.broker import Features
+from stentor.broker import Durable, Features
 from stentor.brokers.log import LogBroker
 from stentor.brokers.storage import DUPLICATE, Entry, Held, Stored, Write
 from stentor.brokers.wire import pack_delayed, unpack, unpack_delayed
@@ -39,27 +40,48 @@ FALL = 500
 """Delayed messages that one step lets appear."""
 
 _STORE = """
-local function store(topic, part, id, now, body, due)
+local tops = {}
+local function store(topic, part, id, due, now, body)
   if id ~= '' and not redis.call('SET', 'P:seen:' .. id, '1', 'NX', 'EX', WINDOW) then return -1 end
-  if due ~= '0' then
+  if due ~= 0 then
     local at = redis.call('INCR', 'P:delays')
     redis.call('ZADD', 'P:due', due, at)
     redis.call('HSET', 'P:delayed', at, body)
     return 0
   end
-  local n = redis.call('HINCRBY', 'P:topic:' .. topic, 'n', 1)
-  local m = redis.call('HINCRBY', 'P:topic:' .. topic, part, 1)
+  local top = tops[topic]
+  if not top then
+    top = {n = tonumber(redis.call('HGET', 'P:topic:' .. topic, 'n') or 0), m = {}}
+    tops[topic] = top
+  end
+  local n = top.n + 1
+  local m = (top.m[part] or tonumber(redis.call('HGET', 'P:topic:' .. topic, part) or 0)) + 1
   redis.call('XADD', 'P:log:' .. topic .. ':' .. part, n .. '-' .. m, 't', now, 'e', body)
+  top.n = n
+  top.m[part] = m
   return n
 end
+local function store_all(now, at)
+  local found, heads = {}, cmsgpack.unpack(ARGV[at])
+  for i = 1, #ARGV - at do
+    local h = i * 4
+    found[i] = store(heads[h - 3], heads[h - 2], heads[h - 1], heads[h], now, ARGV[at + i])
+  end
+  return found
+end
+local function count()
+  for topic, top in pairs(tops) do
+    redis.call('HSET', 'P:topic:' .. topic, 'n', top.n)
+    for part, m in pairs(top.m) do redis.call('HSET', 'P:topic:' .. topic, part, m) end
+  end
+end
 """
+# Entries come as one list of heads (topic, partition, identity, due), then a body each: fewer words cost less.
 _APPEND = (
     _STORE
     + """
-local now, found = ARGV[1], {}
-for i = 2, #ARGV, 5 do
-  found[#found + 1] = store(ARGV[i], ARGV[i + 1], ARGV[i + 2], now, ARGV[i + 3], ARGV[i + 4])
-end
+local found = store_all(ARGV[1], 2)
+count()
 return found
 """
 )
@@ -74,7 +96,10 @@ for i = 5, 4 + changes * 2, 2 do
   if ARGV[i + 1] == '' then redis.call('HDEL', space, ARGV[i])
   else redis.call('HSET', space, ARGV[i], string.sub(ARGV[i + 1], 2)) end
 end
-for i = 5 + changes * 2, #ARGV, 5 do store(ARGV[i], ARGV[i + 1], ARGV[i + 2], now, ARGV[i + 3], ARGV[i + 4]) end
+if #ARGV > 4 + changes * 2 then
+  store_all(now, 5 + changes * 2)
+  count()
+end
 return 1
 """
 )
@@ -94,12 +119,19 @@ local now = ARGV[1]
 for i = 2, #ARGV, 4 do
   if redis.call('ZREM', 'P:due', ARGV[i]) == 1 then
     redis.call('HDEL', 'P:delayed', ARGV[i])
-    store(ARGV[i + 1], ARGV[i + 2], '', now, ARGV[i + 3], '0')
+    store(ARGV[i + 1], tonumber(ARGV[i + 2]), '', 0, now, ARGV[i + 3])
   end
 end
+count()
 return 1
 """
 )
+
+
+def _durable(text: str) -> Durable:
+    if text not in ("host", "process"):
+        raise ValueError("write host or process")
+    return "host" if text == "host" else "process"
 
 
 def _error(error: Exception, broker: object) -> StentorError:
@@ -151,9 +183,13 @@ class RedisBroker(LogBroker):
                 "ssl_ca_certs": files["ca"] or None, "ssl_certfile": files["cert"] or None,
                 "ssl_keyfile": files["key"] or None,
             }  # fmt: skip
+        durable: Durable = url.option("durable", "host", _durable)
+        self._wanted = {"maxmemory-policy": "noeviction"}
+        if durable == "host":
+            self._wanted |= {"appendonly": "yes", "appendfsync": "always"}
         self._root = f"stentor:{{{self.prefix}}}"
         self.features = Features(
-            name="redis", durable="host", shared=True, atomic=True, dedupe=True, replay=True, cancel=True, browse=True
+            name="redis", durable=durable, shared=True, atomic=True, dedupe=True, replay=True, cancel=True, browse=True
         )
         self._scripts: dict[str, str] = {}
         self._redis: aio.Redis | None = None
@@ -188,7 +224,22 @@ class RedisBroker(LogBroker):
             self._redis = None
 
     async def ping(self) -> None:
+        """That it answers, and keeps what it is given: what its settings would let go is told."""
         await self._ask("PING")
+        if weak := await self._weak():
+            raise BrokerError(f"{self}: {weak}")
+
+    async def _weak(self) -> str:
+        """Which of the server's settings may lose events, where a user is allowed to read them."""
+        try:
+            found = await self._ask("CONFIG GET", "maxmemory-policy", "appendonly", "appendfsync")
+        except StentorError:
+            return ""  # a user without +config, or a hosted Redis that has no CONFIG
+        settings = {name.decode(): value.decode() for name, value in zip(found[::2], found[1::2], strict=True)}
+        for name, wanted in self._wanted.items():
+            if settings.get(name, wanted) != wanted:
+                return f"{name} is {settings[name]}, so that events can be lost; set it to {wanted}"
+        return ""
 
     async def _ask(self, *command: Any) -> Any:
         try:
@@ -240,16 +291,15 @@ class RedisBroker(LogBroker):
     async def make_topic(self, topic: str, partitions: int) -> None:
         """Streams come into being with their first entry."""
 
-    @staticmethod
-    def _identity(message: Message) -> str:
-        return "" if message.fresh else f"{message.source}\0{message.id}"
-
     def _arguments(self, entries: Sequence[Entry]) -> list[Any]:
-        found: list[Any] = []
+        """Entries as a script takes them; nothing where there are none."""
+        heads: list[str | float] = []
+        found: list[Any] = [b""]
         for topic, index, body, message, due in entries:
-            held = pack_delayed(message) if due else body
-            found += (topic, index, self._identity(message), held, due or "0")
-        return found
+            heads += (topic, index, "" if message.fresh else f"{message.source}\0{message.id}", due)
+            found.append(pack_delayed(message) if due else body)
+        found[0] = encode(heads)
+        return found if entries else []
 
     async def append(self, entries: Sequence[Entry]) -> Sequence[int | StentorError]:
         try:
