@@ -17,7 +17,8 @@ from stentor import App, Event
 from stentor.brokers.redis import RedisBroker
 from stentor.connect import connect
 from stentor.errors import AuthenticationFailed, ConfigError, StorageFull, Unavailable
-from tests.faults import ServerFaults
+from stentor.testing.conformance.stage import Stage
+from tests.faults import Proxy, ServerFaults
 from tests.real import fresh, server_url
 
 pytestmark = [pytest.mark.server, pytest.mark.slow]
@@ -26,6 +27,10 @@ pytestmark = [pytest.mark.server, pytest.mark.slow]
 class TestRedisServer(ServerFaults):
     name = "redis"
     options = {"lease": 1, "beat": 0.25}  # noqa: RUF012
+
+    @pytest.mark.xfail(reason="an id made by Stentor is not remembered: its repetition is stored", strict=True)
+    async def test_r01_a_lost_confirmation(self, stage: Stage, proxy: Proxy) -> None:
+        await super().test_r01_a_lost_confirmation(stage, proxy)
 
 
 class Noted(Event, topic="notes", key="about", type="test.noted"):
