@@ -7,6 +7,7 @@ import logging
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 from urllib.parse import quote
 
 import pytest
@@ -17,9 +18,11 @@ from stentor import App, Event
 from stentor.brokers.redis import RedisBroker
 from stentor.connect import connect
 from stentor.errors import AuthenticationFailed, ConfigError, StorageFull, Unavailable
-from stentor.testing.conformance.stage import Stage
 from tests.faults import Proxy, ServerFaults
 from tests.real import fresh, server_url
+
+if TYPE_CHECKING:
+    from stentor.testing.conformance.stage import Stage
 
 pytestmark = [pytest.mark.server, pytest.mark.slow]
 
