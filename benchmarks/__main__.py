@@ -25,6 +25,8 @@ ROWS = {
     "redis": "benchmarks.redis",
     "redis-everysec": "benchmarks.redis_everysec",
     "postgresql": "benchmarks.postgresql",
+    "nats": "benchmarks.nats",
+    "nats-unsynced": "benchmarks.nats_unsynced",
 }
 
 

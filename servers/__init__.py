@@ -29,6 +29,7 @@ SERVERS = {
     "redis": "servers.redis:Redis",
     "postgresql": "servers.postgresql:PostgreSQL",
     "nats": "servers.nats:Nats",
+    "nats2m": "servers.nats:Nats2m",
     "nats29": "servers.nats:Nats29",
     "kafka": "servers.kafka:Kafka",
     "kafka3": "servers.kafka:Kafka3",

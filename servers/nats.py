@@ -101,6 +101,15 @@ class Nats(Server):
             return b'"jetstream":true' in line.recv(4096)
 
 
+class Nats2m(Nats):
+    """NATS as it comes: it confirms before the disk has it, and syncs every two minutes."""
+
+    name = "nats2m"
+
+    def __init__(self, folder: Path, *, secure: bool = False) -> None:
+        super().__init__(folder, secure=secure, sync="2m")
+
+
 class Nats29(Nats):
     """Debian 12's NATS 2.9, without atomic batches, lifetimes of messages and schedules.
 
