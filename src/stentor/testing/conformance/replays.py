@@ -241,12 +241,15 @@ class Replays(Scene):
         if await self._refused(stage):
             return
         app = stage.app()
+        held = False
         gate = asyncio.Event()
         seen: list[tuple[str, bool]] = []
 
         @app.on(Loose)
         async def work(loose: Loose, ctx: Context) -> None:
-            if loose.n == 0 and not seen:
+            nonlocal held
+            if loose.n == 0 and not held:
+                held = True
                 await gate.wait()
                 return
             seen.append((str(loose.n), bool(ctx.replayed)))

@@ -1,0 +1,556 @@
+"""The PostgreSQL broker: one table of events, one of spaces, every step one short transaction.
+
+``seq`` counts the events of a topic. It is taken from the topic's row, whose lock is held to the end of the (short)
+transaction, so that sequence is commit order: a reader misses nothing, and waits for nobody else's transactions.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import re
+import time
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from typing import Any, TypeVar
+
+import psycopg
+
+from stentor.broker import Features
+from stentor.brokers.log import LogBroker
+from stentor.brokers.storage import DUPLICATE, Entry, Held, Stored, Write
+from stentor.brokers.wire import pack_delayed, unpack, unpack_delayed
+from stentor.clock import Clock
+from stentor.connect import BrokerUrl
+from stentor.errors import (
+    AuthenticationFailed,
+    BrokerError,
+    ConfigError,
+    PublishUnknown,
+    StentorError,
+    StorageFull,
+    StorageUnusable,
+    Unavailable,
+    UnknownTopic,
+)
+from stentor.message import Message
+
+T = TypeVar("T")
+Connection = psycopg.AsyncConnection[tuple[Any, ...]]
+
+WINDOW = 7 * 86400.0
+"""Seconds for which a source and id are remembered."""
+FALL = 500
+"""Delayed messages that one step lets appear."""
+VERSION = 1
+_TABLES = """
+CREATE TABLE version (version int NOT NULL);
+CREATE TABLE topic (name text PRIMARY KEY, id serial UNIQUE, last bigint NOT NULL DEFAULT 0);
+CREATE TABLE event (topic int, part int, seq bigint, ts float8 NOT NULL, body bytea NOT NULL,
+                    PRIMARY KEY (topic, part, seq));
+CREATE TABLE space (space text, name text, value bytea NOT NULL, PRIMARY KEY (space, name));
+CREATE TABLE lease (name text PRIMARY KEY, value bytea NOT NULL, until timestamptz NOT NULL);
+CREATE TABLE seen (id text PRIMARY KEY, ts float8 NOT NULL);
+CREATE INDEX seen_ts ON seen (ts);
+CREATE TABLE delayed (n bigserial PRIMARY KEY, prefix text NOT NULL, due float8 NOT NULL, id text NOT NULL,
+                      body bytea NOT NULL);
+CREATE INDEX delayed_due ON delayed (due);
+"""
+_ABSENT = {"28P01", "28000"}
+_FULL = {"53100", "53200", "54000"}
+
+
+def _error(error: Exception, broker: object) -> StentorError:
+    """What an error of the client is in Stentor's tree."""
+    state = getattr(error, "sqlstate", None)
+    text = (str(error).strip() or type(error).__name__).splitlines()[0]
+    if state in _ABSENT or "password authentication failed" in text or "no password supplied" in text:
+        return AuthenticationFailed(f"{broker} refuses the user or password: {text}")
+    if state in _FULL:
+        return StorageFull(f"{broker} has no room: {text}")
+    if state == "42501":
+        return StorageUnusable(f"{broker}: the role lacks a right: {text}")
+    if isinstance(error, psycopg.OperationalError | psycopg.InterfaceError | OSError):
+        return Unavailable(f"{broker} cannot be reached: {text}")
+    return BrokerError(f"{broker}: {text}")
+
+
+async def _whole(call: Awaitable[T]) -> T:
+    """Await a step that runs to its end in a task of its own: a cancelled one must not leave half a transaction."""
+    task = asyncio.ensure_future(call)
+    task.add_done_callback(lambda done: None if done.cancelled() else done.exception())
+    return await asyncio.shield(task)
+
+
+class _Line:
+    """One connection, used by one step at a time, made anew after it broke."""
+
+    def __init__(self, broker: PostgresBroker) -> None:
+        self._broker = broker
+        self._connection: Connection | None = None
+        self._lock = asyncio.Lock()
+
+    async def run(self, step: Callable[[Connection], Awaitable[T]], *, sent: Callable[[str], StentorError]) -> T:
+        """Run a step in a transaction. When the connection breaks under it, ``sent`` makes the error."""
+        return await _whole(self._run(step, sent))
+
+    async def _run(self, step: Callable[[Connection], Awaitable[T]], sent: Callable[[str], StentorError]) -> T:
+        async with self._lock:
+            try:
+                if self._connection is None or self._connection.closed:
+                    self._connection = await self._broker.session()
+            except (psycopg.Error, OSError) as error:
+                raise _error(error, self._broker) from None
+            try:
+                async with asyncio.timeout(self._broker.patience), self._connection.transaction():
+                    return await step(self._connection)
+            except (psycopg.Error, OSError, TimeoutError) as error:
+                broken = isinstance(error, TimeoutError) or self._connection.closed
+                if broken:
+                    with contextlib.suppress(psycopg.Error, OSError):
+                        await self._connection.close()
+                    self._connection = None
+                found = _error(error, self._broker)
+                raise (sent(str(error)) if broken or isinstance(found, Unavailable) else found) from None
+
+    async def close(self) -> None:
+        if self._connection is not None:
+            await self._connection.close()
+            self._connection = None
+
+
+class PostgresBroker(LogBroker):
+    """``postgresql://[user:password@]host[:port]/database``. PostgreSQL 14 or newer.
+
+    Options: those of ``LogBroker``; ``schema`` (of Stentor's tables, default "stentor"); ``tls=1``, ``ca``, ``cert``,
+    ``key`` (files; TLS always verifies the server).
+    """
+
+    native_delay = True
+    one_order = True
+    features = Features(
+        name="postgresql", durable="host", shared=True, atomic=True, dedupe=True, replay=True, cancel=True, browse=True
+    )
+
+    def __init__(self, url: BrokerUrl, clock: Clock) -> None:
+        super().__init__(url, clock)
+        host, _, port = url.host.rpartition(":") if ":" in url.host.rpartition("]")[2] else (url.host, "", "5432")
+        self._schema = url.option("schema", "stentor")
+        if not re.fullmatch(r"[a-z_][a-z0-9_]*", self._schema):
+            raise ConfigError(f"{url}: schema={self._schema!r} is no plain name")
+        self._arguments: dict[str, Any] = {
+            "host": host.strip("[]") or "localhost", "port": int(port), "dbname": url.path.strip("/") or url.user,
+            "user": url.user, "password": url.password, "connect_timeout": 5, "application_name": "stentor",
+        }  # fmt: skip
+        if url.option("tls", "") not in ("", "0"):
+            self._arguments["sslmode"] = "verify-full"
+        for option, name in (("ca", "sslrootcert"), ("cert", "sslcert"), ("key", "sslkey")):
+            if file := url.option(option, ""):
+                self._arguments[name] = file
+        self.patience = max(2.0, self.lease / 2)
+        self._lines: dict[str, _Line] = {}
+        self._numbers: dict[str, int] = {}
+        self._news = asyncio.Event()
+        self._listening: asyncio.Task[None] | None = None
+        self._swept = 0.0
+
+    # ---- life -------------------------------------------------------------------------------------------------------
+
+    async def session(self) -> Connection:
+        """A connection of Stentor's: its own schema first, every commit on disk."""
+        connection: Connection = await psycopg.AsyncConnection.connect(**self._arguments, autocommit=True)
+        await connection.execute(f"SET search_path = {self._schema}")
+        await connection.execute("SET synchronous_commit = on")
+        return connection
+
+    @property
+    def native(self) -> Callable[[], Awaitable[Connection]]:
+        """Makes a ``psycopg.AsyncConnection`` on Stentor's schema."""
+        return self.session
+
+    async def connect(self) -> None:
+        self._lines = {name: _Line(self) for name in ("ask", "append", "write")}
+        try:
+            await self._make_tables(await psycopg.AsyncConnection.connect(**self._arguments, autocommit=True))
+        except (psycopg.Error, OSError) as error:
+            raise _error(error, self) from None
+        self._listening = asyncio.create_task(self._listen(), name="stentor postgresql listen")
+
+    async def _make_tables(self, connection: Connection) -> None:
+        async with connection, connection.transaction():
+            # Several processes may start at once.
+            await connection.execute("SELECT pg_advisory_xact_lock(hashtext(%s))", (f"stentor {self._schema}",))
+            found = await (await connection.execute("SELECT to_regclass(%s)", (f"{self._schema}.version",))).fetchone()
+            if found == (None,):
+                await connection.execute(f"CREATE SCHEMA IF NOT EXISTS {self._schema}")
+                await connection.execute(f"SET LOCAL search_path = {self._schema}")
+                for statement in _TABLES.split(";"):
+                    if statement.strip():
+                        await connection.execute(statement)
+                await connection.execute("INSERT INTO version VALUES (%s)", (VERSION,))
+            row = await (await connection.execute(f"SELECT version FROM {self._schema}.version")).fetchone()
+            if row is None or row[0] > VERSION:
+                raise StorageUnusable(f"{self}: the tables are of version {row and row[0]}, this program's {VERSION}")
+
+    async def disconnect(self) -> None:
+        if self._listening is not None:
+            self._listening.cancel()
+            await asyncio.gather(self._listening, return_exceptions=True)
+            self._listening = None
+        for line in self._lines.values():
+            await line.close()
+
+    async def ping(self) -> None:
+        await self._rows("SELECT 1")
+
+    async def _rows(self, query: str, values: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
+        async def ask(connection: Connection) -> list[tuple[Any, ...]]:
+            cursor = await connection.execute(query, values)
+            return await cursor.fetchall() if cursor.description else []
+
+        return await self._lines["ask"].run(ask, sent=lambda why: Unavailable(f"{self} cannot be reached: {why}"))
+
+    async def _listen(self) -> None:
+        """Wake readers when any process has stored something."""
+        while not self.closed or self._listening is not None:
+            with contextlib.suppress(psycopg.Error, OSError):
+                async with await self.session() as connection:
+                    await connection.execute(f"LISTEN {self._schema}")
+                    async for _ in connection.notifies():
+                        self._news.set()
+            await asyncio.sleep(0.5)
+
+    async def news(self, wait: float) -> None:
+        """Until something may have been stored, or the time is up; NOTIFY is a hint, so never for long."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(min(wait, 0.5)):
+                await self._news.wait()
+        self._news.clear()
+
+    # ---- data -------------------------------------------------------------------------------------------------------
+
+    async def make_topic(self, topic: str, partitions: int) -> None:  # noqa: ARG002  rows have their partition
+        await self._rows("INSERT INTO topic (name) VALUES (%s) ON CONFLICT DO NOTHING", (topic,))
+
+    async def _number(self, topic: str) -> int:
+        if topic not in self._numbers:
+            rows = await self._rows("SELECT id FROM topic WHERE name = %s", (topic,))
+            if not rows:
+                raise UnknownTopic(f"topic {topic!r} was never declared on {self}")
+            self._numbers[topic] = rows[0][0]
+        return self._numbers[topic]
+
+    async def append(self, entries: Sequence[Entry]) -> Sequence[int | StentorError]:
+        for topic in {entry.topic for entry in entries}:
+            await self._number(topic)
+        ids = [entry.message.id for entry in entries]
+        results: list[int | StentorError] = []
+        results += await self._lines["append"].run(
+            lambda connection: self._store(connection, entries), sent=lambda why: PublishUnknown(ids, why)
+        )
+        self._news.set()
+        return results
+
+    async def _store(self, connection: Connection, entries: Sequence[Entry]) -> list[int]:
+        """Store entries in a transaction; a place for each, 0 if it is delayed."""
+        now = self.clock.now()
+        identities = [
+            None if e.message.fresh else self._text(f"{self.prefix}\0{e.message.source}\0{e.message.id}")
+            for e in entries
+        ]
+        wanted = sorted({identity for identity in identities if identity is not None})
+        new: set[str] = set()
+        if wanted:
+            cursor = await connection.execute(
+                "INSERT INTO seen SELECT id, %s FROM unnest(%s::text[]) AS id ON CONFLICT DO NOTHING RETURNING id",
+                (now, wanted),
+            )
+            new = {row[0] for row in await cursor.fetchall()}
+        results = [0] * len(entries)
+        stored: dict[str, list[int]] = {}
+        delayed: list[Entry] = []
+        for at, (entry, identity) in enumerate(zip(entries, identities, strict=True)):
+            if identity is not None:
+                if identity not in new:
+                    results[at] = DUPLICATE
+                    continue
+                new.discard(identity)
+            if entry.due:
+                delayed.append(entry)
+            else:
+                stored.setdefault(entry.topic, []).append(at)
+        for topic, places in sorted(stored.items()):
+            cursor = await connection.execute(
+                "UPDATE topic SET last = last + %s WHERE name = %s RETURNING last", (len(places), topic)
+            )
+            row = await cursor.fetchone()
+            assert row is not None
+            first = row[0] - len(places) + 1
+            await connection.execute(
+                "INSERT INTO event SELECT %s, part, %s + n - 1, %s, body "
+                "FROM unnest(%s::int[], %s::bytea[]) WITH ORDINALITY AS e(part, body, n)",
+                (self._numbers[topic], first, now, [entries[at].partition for at in places],
+                 [entries[at].body for at in places]),
+            )  # fmt: skip
+            for number, at in enumerate(places, first):
+                results[at] = number
+        if delayed:
+            await connection.execute(
+                "INSERT INTO delayed (prefix, due, id, body) "
+                "SELECT %s, d.due, d.id, d.body FROM unnest(%s::float8[], %s::text[], %s::bytea[]) AS d(due, id, body)",
+                (self.prefix, [e.due for e in delayed], [self._text(e.message.id) for e in delayed],
+                 [pack_delayed(e.message) for e in delayed]),
+            )  # fmt: skip
+        if stored:
+            await connection.execute(f"NOTIFY {self._schema}")
+        return results
+
+    @staticmethod
+    def _text(text: str) -> str:
+        return text.replace("\0", "\x1f")  # PostgreSQL keeps no zero in text
+
+    def reader(self) -> PostgresReader:
+        return PostgresReader(self)
+
+    async def bounds(self, topic: str, partitions: Sequence[int]) -> list[tuple[int, int]]:
+        rows = await self._rows(
+            "SELECT coalesce((SELECT min(seq) FROM event WHERE topic = t.id AND part = p), t.last + 1), t.last + 1 "
+            "FROM unnest(%s::int[]) WITH ORDINALITY AS w(p, n), topic t WHERE t.name = %s ORDER BY n",
+            (list(partitions), topic),
+        )
+        return [(first, end) for first, end in rows]
+
+    async def find(self, topic: str, partitions: Sequence[int], moment: float) -> list[int]:
+        rows = await self._rows(
+            "SELECT coalesce((SELECT seq FROM event WHERE topic = t.id AND part = p AND ts >= %s ORDER BY seq LIMIT 1),"
+            " t.last + 1) FROM unnest(%s::int[]) WITH ORDINALITY AS w(p, n), topic t WHERE t.name = %s ORDER BY n",
+            (moment, list(partitions), topic),
+        )
+        return [offset for (offset,) in rows]
+
+    async def pending(self, places: Sequence[tuple[str, int, int]]) -> list[tuple[int, float | None]]:
+        rows = await self._rows(
+            "SELECT (SELECT count(*) FROM event WHERE topic = t.id AND part = w.part AND seq >= w.at), "
+            "(SELECT ts FROM event WHERE topic = t.id AND part = w.part AND seq >= w.at ORDER BY seq LIMIT 1) "
+            "FROM unnest(%s::text[], %s::int[], %s::bigint[]) WITH ORDINALITY AS w(name, part, at, n) "
+            "JOIN topic t ON t.name = w.name ORDER BY n",
+            tuple(list(column) for column in zip(*places, strict=True)) if places else ([], [], []),
+        )
+        return [(count, oldest) for count, oldest in rows]
+
+    async def page(self, topic: str, index: int, offset: int, limit: int) -> Sequence[Stored]:
+        rows = await self._rows(
+            "SELECT seq, ts, body FROM event WHERE topic = %s AND part = %s AND seq >= %s ORDER BY seq LIMIT %s",
+            (await self._number(topic), index, offset, limit),
+        )
+        name = topic.removeprefix(self.prefix)
+        return [Stored(seq, ts, unpack(body, name, f"{index}-{seq}")) for seq, ts, body in rows]
+
+    async def trim(self, topic: str, index: int, offset: int) -> None:
+        await self._rows(
+            "DELETE FROM event WHERE topic = %s AND part = %s AND seq < %s", (await self._number(topic), index, offset)
+        )
+
+    # ---- spaces -----------------------------------------------------------------------------------------------------
+
+    async def names(self, space: str) -> list[str]:
+        return [name for (name,) in await self._rows("SELECT name FROM space WHERE space = %s", (space,))]
+
+    async def get(self, wanted: Sequence[tuple[str, str]]) -> list[bytes | None]:
+        rows = await self._rows(
+            "SELECT s.value FROM unnest(%s::text[], %s::text[]) WITH ORDINALITY AS w(space, name, n) "
+            "LEFT JOIN space s ON s.space = w.space AND s.name = w.name ORDER BY n",
+            ([space for space, _ in wanted], [self._text(name) for _, name in wanted]),
+        )
+        return [value for (value,) in rows]
+
+    async def write(self, writes: Sequence[Write]) -> list[bool]:
+        for topic in {entry.topic for write in writes for entry in write.outputs}:
+            await self._number(topic)
+        found = await self._lines["write"].run(
+            lambda connection: self._write(connection, writes),
+            sent=lambda why: Unavailable(f"{self}: it is not known whether this was written: {why}"),
+        )
+        if any(write.outputs for write in writes):
+            self._news.set()
+        return found
+
+    async def _write(self, connection: Connection, writes: Sequence[Write]) -> list[bool]:
+        # Always in one order, so that two processes never wait for each other.
+        absent = sorted({write.space for write in writes if write.fence[1] is None})
+        if absent:
+            await connection.execute(
+                "SELECT pg_advisory_xact_lock(hashtext(s)) FROM unnest(%s::text[]) AS s", (absent,)
+            )
+        cursor = await connection.execute(
+            "SELECT s.space, s.name, s.value FROM space s JOIN unnest(%s::text[], %s::text[]) AS w(space, name) "
+            "ON s.space = w.space AND s.name = w.name ORDER BY s.space, s.name FOR UPDATE OF s",
+            ([write.space for write in writes], [write.fence[0] for write in writes]),
+        )
+        held = {(space, name): value for space, name, value in await cursor.fetchall()}
+        stands = [held.get((write.space, write.fence[0])) == write.fence[1] for write in writes]
+        kept: dict[tuple[str, str], bytes | None] = {}
+        outputs: list[Entry] = []
+        for write, ok in zip(writes, stands, strict=True):
+            if ok:
+                kept |= {(write.space, self._text(name)): value for name, value in write.changes.items()}
+                outputs += write.outputs
+        gone = [place for place, value in kept.items() if value is None]
+        put = [(*place, value) for place, value in sorted(kept.items(), key=lambda row: row[0]) if value is not None]
+        if gone:
+            await connection.execute(
+                "DELETE FROM space s USING unnest(%s::text[], %s::text[]) AS w(space, name) "
+                "WHERE s.space = w.space AND s.name = w.name",
+                _columns(gone),
+            )
+        if put:
+            await connection.execute(
+                "INSERT INTO space SELECT * FROM unnest(%s::text[], %s::text[], %s::bytea[]) "
+                "ON CONFLICT (space, name) DO UPDATE SET value = excluded.value",
+                _columns(put),
+            )
+        if outputs:
+            await self._store(connection, outputs)
+        return stands
+
+    async def forget(self, spaces: Sequence[str]) -> None:
+        await self._rows("DELETE FROM space WHERE space = ANY(%s)", (list(spaces),))
+
+    # ---- leases -----------------------------------------------------------------------------------------------------
+
+    def heart(self) -> PostgresHeart:
+        connection = psycopg.connect(**self._arguments, autocommit=True)
+        connection.execute(f"SET search_path = {self._schema}")
+        connection.execute(f"SET statement_timeout = {int(self.lease * 500)}")
+        return PostgresHeart(connection, self.prefix)
+
+    async def leases(self) -> dict[str, bytes]:
+        rows = await self._rows(
+            "SELECT name, value FROM lease WHERE until > clock_timestamp() AND starts_with(name, %s)",
+            (self.prefix + "/",),
+        )
+        cut = len(self.prefix) + 1
+        return {name[cut:]: value for name, value in rows}
+
+    # ---- delays -----------------------------------------------------------------------------------------------------
+
+    async def delayed(self, now: float) -> float:
+        if time.monotonic() - self._swept > 60:
+            self._swept = time.monotonic()
+            await self._rows("DELETE FROM seen WHERE ts < %s", (self.clock.now() - WINDOW,))
+            await self._rows("DELETE FROM lease WHERE until < clock_timestamp() - interval '1 hour'")
+        due = await self._rows(
+            "SELECT n, body FROM delayed WHERE prefix = %s AND due <= %s ORDER BY due, n LIMIT %s",
+            (self.prefix, now, FALL),
+        )
+        entries: list[tuple[int, Entry]] = []
+        for number, body in due:
+            with contextlib.suppress(UnknownTopic):
+                entry = await self.entry(unpack_delayed(body), now)
+                entry.message.fresh = True  # its id was looked up when it was published
+                await self._number(entry.topic)
+                entries.append((number, entry))
+
+        async def fall(connection: Connection) -> None:
+            cursor = await connection.execute(
+                "DELETE FROM delayed WHERE n = ANY(%s) RETURNING n", ([number for number, _ in entries],)
+            )
+            ours = {number for (number,) in await cursor.fetchall()}
+            await self._store(connection, [entry for number, entry in entries if number in ours])
+
+        if entries:
+            await self._lines["write"].run(fall, sent=lambda why: Unavailable(f"{self} cannot be reached: {why}"))
+            self._news.set()
+        [(first,)] = await self._rows("SELECT min(due) FROM delayed WHERE prefix = %s", (self.prefix,))
+        return 0.5 if first is None else max(0.0, first - self.clock.now())
+
+    async def withdraw(self, id: str) -> bool:
+        rows = await self._rows(
+            "DELETE FROM delayed WHERE prefix = %s AND id = %s RETURNING n", (self.prefix, self._text(id))
+        )
+        return bool(rows)
+
+
+def _columns(rows: Iterable[Sequence[Any]]) -> tuple[list[Any], ...]:
+    return tuple(list(column) for column in zip(*rows, strict=True))
+
+
+class PostgresReader:
+    """Reads all its partitions by one query, on a connection of its own."""
+
+    def __init__(self, broker: PostgresBroker) -> None:
+        self._broker = broker
+        self._line = _Line(broker)
+        self._next: dict[tuple[str, int], tuple[Held, int]] = {}
+        self._buffer: list[tuple[Held, int, Message]] = []
+
+    def seek(self, held: Held, offset: int) -> None:
+        self._next[held.stored, held.index] = (held, offset)
+        self._broker._news.set()
+
+    def drop(self, held: Held) -> None:
+        place = (held.stored, held.index)
+        if place in self._next and self._next[place][0] is held:
+            del self._next[place]
+        self._buffer = [entry for entry in self._buffer if entry[0] is not held]
+
+    async def read(self, limit: int, wait: float) -> Sequence[tuple[Held, int, Message]]:
+        if not self._buffer:
+            await self._fill(limit)
+        if not self._buffer and wait:
+            await self._broker.news(wait)
+            await self._fill(limit)
+        found, self._buffer = self._buffer[:limit], self._buffer[limit:]
+        return found
+
+    async def _fill(self, limit: int) -> None:
+        if not self._next:
+            return
+        wanted = dict(self._next)
+        places = [(self._broker._numbers.get(topic), index, at) for (topic, index), (_, at) in wanted.items()]
+        if any(number is None for number, _, _ in places):
+            places = [(await self._broker._number(t), index, at) for (t, index), (_, at) in wanted.items()]
+        handles = list(wanted.values())
+
+        async def ask(connection: Connection) -> list[tuple[Any, ...]]:
+            cursor = await connection.execute(
+                "SELECT w.n, e.seq, e.body FROM unnest(%s::int[], %s::int[], %s::bigint[]) "
+                "WITH ORDINALITY AS w(topic, part, at, n) CROSS JOIN LATERAL (SELECT seq, body FROM event "
+                "WHERE topic = w.topic AND part = w.part AND seq >= w.at ORDER BY seq LIMIT %s) e ORDER BY w.n, e.seq",
+                (*_columns(places), max(1, limit // len(places))),
+                binary=True,
+            )
+            return await cursor.fetchall()
+
+        broker = self._broker
+        rows = await self._line.run(ask, sent=lambda why: Unavailable(f"{broker} cannot be reached: {why}"))
+        cut = len(broker.prefix)
+        for number, offset, body in rows:
+            held = handles[number - 1][0]
+            place = (held.stored, held.index)
+            if place in self._next and self._next[place][0] is held:
+                self._buffer.append((held, offset, unpack(body, held.stored[cut:], f"{held.index}-{offset}")))
+                self._next[place] = (held, offset + 1)
+
+    async def close(self) -> None:
+        await self._line.close()
+
+
+class PostgresHeart:
+    """A lease is a row with the time of its end, by the server's clock."""
+
+    def __init__(self, connection: psycopg.Connection[tuple[Any, ...]], prefix: str) -> None:
+        self._connection = connection
+        self._prefix = prefix + "/"
+
+    def beat(self, name: str, value: bytes, lease: float) -> None:
+        self._connection.execute(
+            "INSERT INTO lease VALUES (%s, %s, clock_timestamp() + make_interval(secs => %s)) "
+            "ON CONFLICT (name) DO UPDATE SET value = excluded.value, until = excluded.until",
+            (self._prefix + name, value, lease),
+        )
+
+    def end(self, name: str) -> None:
+        self._connection.execute("DELETE FROM lease WHERE name = %s", (self._prefix + name,))
+
+    def close(self) -> None:
+        self._connection.close()
