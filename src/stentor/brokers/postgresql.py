@@ -82,10 +82,14 @@ async def _whole(call: Awaitable[T]) -> T:
 
 
 class _Line:
-    """One connection, used by one step at a time, made anew after it broke."""
+    """One connection, used by one step at a time, made anew after it broke.
 
-    def __init__(self, broker: PostgresBroker) -> None:
+    ``again``: its steps may be repeated, so one that meets a connection which broke while it was idle is.
+    """
+
+    def __init__(self, broker: PostgresBroker, *, again: bool = False) -> None:
         self._broker = broker
+        self._again = again
         self._connection: Connection | None = None
         self._lock = asyncio.Lock()
 
@@ -95,22 +99,31 @@ class _Line:
 
     async def _run(self, step: Callable[[Connection], Awaitable[T]], sent: Callable[[str], StentorError]) -> T:
         async with self._lock:
+            idle = self._connection
             try:
-                if self._connection is None or self._connection.closed:
-                    self._connection = await self._broker.session()
-            except (psycopg.Error, OSError) as error:
-                raise _error(error, self._broker) from None
-            try:
-                async with asyncio.timeout(self._broker.patience), self._connection.transaction():
-                    return await step(self._connection)
-            except (psycopg.Error, OSError, TimeoutError) as error:
-                broken = isinstance(error, TimeoutError) or self._connection.closed
-                if broken:
-                    with contextlib.suppress(psycopg.Error, OSError):
-                        await self._connection.close()
-                    self._connection = None
-                found = _error(error, self._broker)
-                raise (sent(str(error)) if broken or isinstance(found, Unavailable) else found) from None
+                return await self._once(step, sent)
+            except Unavailable:
+                if not self._again or idle is None or self._connection is not None:
+                    raise
+            return await self._once(step, sent)
+
+    async def _once(self, step: Callable[[Connection], Awaitable[T]], sent: Callable[[str], StentorError]) -> T:
+        try:
+            if self._connection is None or self._connection.closed:
+                self._connection = await self._broker.session()
+        except (psycopg.Error, OSError) as error:
+            raise _error(error, self._broker) from None
+        try:
+            async with asyncio.timeout(self._broker.patience), self._connection.transaction():
+                return await step(self._connection)
+        except (psycopg.Error, OSError, TimeoutError) as error:
+            broken = isinstance(error, TimeoutError) or self._connection.closed
+            if broken:
+                with contextlib.suppress(psycopg.Error, OSError):
+                    await self._connection.close()
+                self._connection = None
+            found = _error(error, self._broker)
+            raise (sent(str(error)) if broken or isinstance(found, Unavailable) else found) from None
 
     async def close(self) -> None:
         if self._connection is not None:
@@ -158,8 +171,11 @@ class PostgresBroker(LogBroker):
     async def session(self) -> Connection:
         """A connection of Stentor's: its own schema first, every commit on disk."""
         connection: Connection = await psycopg.AsyncConnection.connect(**self._arguments, autocommit=True)
-        await connection.execute(f"SET search_path = {self._schema}")
-        await connection.execute("SET synchronous_commit = on")
+        try:
+            await connection.execute(f"SET search_path = {self._schema}; SET synchronous_commit = on")
+        except BaseException:
+            await connection.close()
+            raise
         return connection
 
     @property
@@ -168,7 +184,7 @@ class PostgresBroker(LogBroker):
         return self.session
 
     async def connect(self) -> None:
-        self._lines = {name: _Line(self) for name in ("ask", "append", "write")}
+        self._lines = {name: _Line(self, again=name == "ask") for name in ("ask", "append", "write")}
         try:
             await self._make_tables(await psycopg.AsyncConnection.connect(**self._arguments, autocommit=True))
         except (psycopg.Error, OSError) as error:
@@ -479,7 +495,7 @@ class PostgresReader:
 
     def __init__(self, broker: PostgresBroker) -> None:
         self._broker = broker
-        self._line = _Line(broker)
+        self._line = _Line(broker, again=True)
         self._next: dict[tuple[str, int], tuple[Held, int]] = {}
         self._buffer: list[tuple[Held, int, Message]] = []
 

@@ -1,0 +1,134 @@
+"""What is special about PostgreSQL: its faults, its security, its schema, and other people's transactions."""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import Any
+from urllib.parse import urlsplit
+
+import pytest
+
+from stentor.connect import connect
+from stentor.errors import AuthenticationFailed, ConfigError, StentorError, StorageUnusable, Unavailable
+from stentor.event import Topic
+from stentor.message import Message
+from tests.faults import ServerFaults
+from tests.real import fresh, server_url
+
+pytestmark = [pytest.mark.server, pytest.mark.slow]
+
+
+KEPT = {
+    "test_r11_the_server_is_away",
+    "test_r11_health_tells_the_truth",
+    "test_r10_rolling_restart",
+    "test_r11_cut_connections",
+}
+
+
+class TestPostgresqlServer(ServerFaults):
+    name = "postgresql"
+    options = {"lease": 1, "beat": 0.25}  # noqa: RUF012
+
+    @pytest.fixture(autouse=True)
+    def kept(self, request: pytest.FixtureRequest) -> None:
+        if request.function.__name__ not in KEPT:
+            pytest.skip("not kept on PostgreSQL yet, see docs/brokers/postgresql.md")
+
+
+@pytest.fixture
+def secure(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return fresh(server_url("postgresql", tmp_path_factory, secure=True))
+
+
+@pytest.fixture
+def plain(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return fresh(server_url("postgresql", tmp_path_factory))
+
+
+def message(id: str) -> Message:
+    return Message(id=id, source="s", type="x", topic="t", data=b"{}")
+
+
+async def refused(url: str) -> str:
+    """What ``open`` says of a URL that cannot be used."""
+    broker = connect(url)
+    with pytest.raises(StentorError) as raised:
+        async with asyncio.timeout(20):
+            await broker.open()
+    return f"{type(raised.value).__name__}: {raised.value}"
+
+
+async def test_tls_and_a_password(secure: str) -> None:
+    broker = connect(secure)
+    await broker.open()
+    try:
+        await broker.declare([Topic("t")], [])
+        await broker.publish([message("1")])
+        assert [found.id async for _, found in broker.browse("t", "earliest", follow=False)] == ["1"]
+    finally:
+        await broker.close()
+
+
+async def test_a_wrong_password_fails_fast_in_one_line(secure: str) -> None:
+    password = urlsplit(secure).password
+    assert password is not None
+    said = await refused(secure.replace(password, "wrong"))
+    assert said.startswith(AuthenticationFailed.__name__)
+    assert "\n" not in said
+    assert "wrong" not in said
+
+
+async def test_an_unknown_authority_is_refused(secure: str, plain: str) -> None:
+    assert "certificate" in (await refused(secure.split("?", maxsplit=1)[0] + "?tls=1")).lower()
+
+
+async def test_nobody_there() -> None:
+    assert (await refused("postgresql://stentor@127.0.0.1:1/stentor")).startswith(Unavailable.__name__)
+
+
+def test_options() -> None:
+    with pytest.raises(ConfigError, match="unknown option colour"):
+        connect("postgresql://localhost/x?colour=red")
+    with pytest.raises(ConfigError, match="schema"):
+        connect("postgresql://localhost/x?schema=a;b")
+
+
+async def test_a_newer_schema_is_refused(plain: str) -> None:
+    broker: Any = connect(plain + "&schema=newer")
+    await broker.open()
+    session: Callable[[], Awaitable[Any]] = broker.native
+    connection = await session()
+    await connection.execute("UPDATE version SET version = 99")
+    await connection.close()
+    await broker.close()
+    assert (await refused(plain + "&schema=newer")).startswith(StorageUnusable.__name__)
+
+
+async def test_several_may_start_at_once(plain: str) -> None:
+    brokers = [connect(plain + "&schema=crowd") for _ in range(5)]
+    await asyncio.gather(*(broker.open() for broker in brokers))
+    await asyncio.gather(*(broker.declare([Topic("t")], []) for broker in brokers))
+    await asyncio.gather(*(broker.publish([message(str(n))]) for n, broker in enumerate(brokers)))
+    found = [found.id async for _, found in brokers[0].browse("t", "earliest", follow=False)]
+    assert sorted(found) == ["0", "1", "2", "3", "4"]
+    for broker in brokers:
+        await broker.close()
+
+
+async def test_a_long_transaction_of_others_stalls_nothing(plain: str) -> None:
+    """A transaction that has written and stays open holds back neither publishing nor reading."""
+    broker: Any = connect(plain)
+    await broker.open()
+    connection = await broker.native()
+    try:
+        await broker.declare([Topic("t")], [])
+        await connection.execute("CREATE TABLE IF NOT EXISTS theirs (n int)")
+        async with connection.transaction():
+            await connection.execute("INSERT INTO theirs VALUES (1)")
+            async with asyncio.timeout(10):
+                await broker.publish([message("1"), message("2")])
+                found = [found.id async for _, found in broker.browse("t", "earliest", follow=False)]
+        assert sorted(found) == ["1", "2"]
+    finally:
+        await connection.close()
+        await broker.close()
