@@ -175,14 +175,17 @@ class Proxy:
         """Cut all and listen no more."""
         if self._loop.is_closed():
             return
-        self._listener.close()
-        self._call(self._drop())
+        self._call(self._end())
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
 
     def _call(self, coroutine: Coroutine[Any, Any, Any]) -> Any:
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result()
+
+    async def _end(self) -> None:
+        self._listener.close()  # in its own thread, as all of asyncio
+        await self._drop()
 
     async def _listen(self, port: int) -> asyncio.Server:
         return await asyncio.start_server(self._accept, "127.0.0.1", port)
