@@ -21,7 +21,6 @@ KEPT = {
     "test_r11_the_server_is_away",
     "test_r11_health_tells_the_truth",
     "test_r10_rolling_restart",
-    "test_r11_cut_connections",
 }
 
 
