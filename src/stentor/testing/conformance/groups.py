@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from contextlib import AsyncExitStack, suppress
 
 import pytest
@@ -59,8 +60,9 @@ class Groups(Scene):
 
             await until(joined)
             published = 0
+            deadline = time.monotonic() + PATIENCE  # a broker may take a moment to spread partitions
             while not all(seen.values()):
-                assert published < 20, seen
+                assert time.monotonic() < deadline, seen
                 await stage.publish(jobs(200, 1))
                 published += 1
                 await stage.settled("shop.work")
