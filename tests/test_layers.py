@@ -52,6 +52,7 @@ LIBRARIES = {  # who may import which library, by module or folder; a broker's c
     "prometheus_client": {"health", "observe"},
     "pytest": {"testing", "cli.new"},
     "psutil": {"testing"},
+    "matplotlib": {"capacity.plot"},
     "confluent_kafka": {"brokers.kafka"},
     "nats": {"brokers.nats"},
     "psycopg": {"brokers.postgresql"},

@@ -31,6 +31,9 @@ SECTIONS = {
         "dead": "List, show, redrive or drop dead letters.",
         "doctor": "Find what weakens durability, or stands in the way.",
     },
+    "Plan": {
+        "capacity": "Predict throughput and latency, and how many workers a load needs.",
+    },
     "Act": {
         "publish": "Publish an event, or many from standard input.",
         "replay": "Set a group back (or forward), so that it sees events again.",

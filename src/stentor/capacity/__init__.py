@@ -1,0 +1,25 @@
+"""What a program can carry: arrival rate λ, service rate μ, throughput X = min(λ, μ), and how long events wait."""
+
+from stentor.capacity.histogram import Histogram
+from stentor.capacity.plan import Answer, Limit, Setup, answer, drain_time, lag_after, largest_rate, limits, workers_for
+from stentor.capacity.replay import Replayed, replay
+from stentor.capacity.times import Times, arrivals, fitted, recorded
+
+__all__ = [
+    "Answer",
+    "Histogram",
+    "Limit",
+    "Replayed",
+    "Setup",
+    "Times",
+    "answer",
+    "arrivals",
+    "drain_time",
+    "fitted",
+    "lag_after",
+    "largest_rate",
+    "limits",
+    "recorded",
+    "replay",
+    "workers_for",
+]

@@ -1,0 +1,179 @@
+"""``stentor capacity``: what a program carries, how long events wait, and how many workers it needs."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import click
+import msgspec
+
+from stentor.capacity import Answer, Setup, Times, answer, drain_time, fitted, lag_after, largest_rate, limits, recorded
+from stentor.capacity import workers_for as fewest_workers
+from stentor.cli.exits import advise
+from stentor.cli.options import duration, json_option
+from stentor.cli.output import plural, print_json, print_table, span
+from stentor.clock import seconds
+
+_RATE = re.compile(r"([\d_.,]+(?:e\d+)?)\s*(k|m)?\s*(?:/\s*(s|sec|min|m|h|d))?", re.IGNORECASE)
+_PER = {"s": 1, "sec": 1, "min": 60, "m": 60, "h": 3600, "d": 86400}
+_TIMES = {"": 1, "k": 1_000, "m": 1_000_000}
+
+
+class Rate(click.ParamType[float]):
+    """Events a second: ``500``, ``500/s``, ``2k/s``, ``30000/min``."""
+
+    name = "rate"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        if isinstance(value, float):
+            return value
+        found = _RATE.fullmatch(value.strip())
+        try:
+            assert found is not None
+            number = float(found[1].replace(",", "").replace("_", ""))
+            assert number > 0
+        except (AssertionError, ValueError):
+            self.fail(f'{value!r} is no rate above 0; write "500/s", "2k/s" or "30000/min"', param, ctx)
+        return number * _TIMES[(found[2] or "").lower()] / _PER[(found[3] or "s").lower()]
+
+
+@click.command()
+@click.argument("file", type=click.Path(path_type=Path), required=False)
+@click.option("--rate", type=Rate(), metavar="RATE", help='λ, arrivals: "500/s", "2k/s", "30000/min".')
+@click.option("--service", metavar="TIME", callback=duration, help="What a handler takes on average.")
+@click.option("--cv", default=1.0, show_default=True, help="How service times vary: deviation over mean.")
+@click.option("--arrival-cv", type=float, help="How gaps between arrivals vary: 0 a clock, 1 at random (the default).")
+@click.option("--concurrency", default=64, show_default=True, help="Handlers that run at once in a process.")
+@click.option("--workers", default=1, show_default=True, help="Processes.")
+@click.option("--partitions", default=8, show_default=True, help="Partitions of the topic.")
+@click.option("--hot", type=float, help="Share of the events that have the commonest key, 0 to 1.")
+@click.option("--ceiling", type=Rate(), metavar="RATE", help="The most that one process takes, however short its work.")
+@click.option("--source", type=Rate(), metavar="RATE", help="The most that the source makes.")
+@click.option("--broker-rate", type=Rate(), metavar="RATE", help="The most that the broker carries.")
+@click.option("--p99", metavar="TIME", callback=duration, help="Ask: how many workers, and which load, for this p99?")
+@click.option("--backlog", type=float, metavar="EVENTS", help="Ask: how long until so many events are worked off?")
+@click.option("--outage", metavar="TIME", callback=duration, help="Ask: what waits after an outage of so long?")
+@click.option("--plot", type=click.Path(path_type=Path), help="Draw latency over load into a .svg or .png file.")
+@json_option
+def capacity(
+    file: Path | None, rate: float | None, service: str | None, cv: float, arrival_cv: float | None, hot: float | None,
+    p99: str | None, backlog: float | None, outage: str | None, plot: Path | None, *, as_json: bool, **size: Any,
+) -> None:  # fmt: skip
+    """Predict throughput and latency, and how many workers a load needs.
+
+    From numbers (--rate and --service), or from a FILE of recorded events: CSV or JSON Lines with "time", "service" in
+    seconds, and "key" or not. An option given beside a FILE wins over what the file says.
+    """
+    times = None if file is None else recorded(file)
+    size["broker"] = size.pop("broker_rate")
+    setup = _setup(times, rate, service, cv, arrival_cv, hot, size)
+    replayed = times if rate is None and service is None else None
+    found = answer(setup, replayed)
+    asked = _ask(setup, p99, backlog, outage)
+    if plot is not None:
+        from stentor.capacity.plot import draw
+
+        draw(setup, plot)
+    if as_json:
+        print_json({**msgspec.to_builtins(found), "limits": msgspec.to_builtins(limits(setup)), **asked})
+        return
+    _show(setup, found, asked)
+
+
+def _setup(
+    times: Times | None, rate: float | None, service: str | None, cv: float, arrival_cv: float | None,
+    hot: float | None, size: dict[str, Any],
+) -> Setup:  # fmt: skip
+    if times is None and (rate is None or service is None):
+        raise click.UsageError("give --rate and --service, or a FILE of recorded events")
+    services = fitted(seconds(service), cv) if service is not None else times.service if times else []
+    return Setup(
+        rate=rate or (times.rate if times else 0.0),
+        service=services,
+        arrival_cv=arrival_cv if arrival_cv is not None else times.arrival_cv if times else 1.0,
+        hot=hot if hot is not None else times.hottest if times else 0.0,
+        **size,
+    )
+
+
+def _ask(setup: Setup, p99: str | None, backlog: float | None, outage: str | None) -> dict[str, Any]:
+    """The questions beyond the load itself, as JSON has them: infinity is null."""
+    asked: dict[str, Any] = {}
+    if p99 is not None:
+        wanted = seconds(p99)
+        asked["p99"] = {
+            "seconds": wanted, "workers": fewest_workers(setup, wanted), "largest_rate": largest_rate(setup, wanted),
+        }  # fmt: skip
+    if backlog is not None:
+        asked["drain"] = {"events": backlog, "seconds": _finite(drain_time(setup, backlog))}
+    if outage is not None:
+        waiting, left = lag_after(setup, seconds(outage))
+        asked["outage"] = {"seconds": seconds(outage), "events": waiting, "drain_seconds": _finite(left)}
+    return asked
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def _show(setup: Setup, found: Answer, asked: dict[str, Any]) -> None:
+    limit = found.limit
+    where = f"{setup.concurrency} in each of {setup.at_work}, {plural(setup.partitions, 'partition')}"
+    busy = f"{found.in_flight:,.1f} events at once; {found.waits:.1%} wait for a handler"
+    rows = [
+        ("arrivals (λ)", _rate(found.rate), f"gaps vary by {setup.arrival_cv:.2f}"),
+        ("service", _time(setup.mean), f"varies by {setup.service_cv:.2f}"),
+        ("handlers", f"{setup.lanes:,}", where),
+        ("throughput (X)", _rate(found.throughput), f"at most {_rate(limit.rate)}: {limit.name}"),
+        ("utilisation (ρ)", f"{found.utilisation:.2f}", busy),
+    ]
+    print_table(("", ">", ""), rows)
+    if found.closed and found.simulated:
+        click.echo()
+        names = [f">{name}" for name in found.closed]
+        ways = {"simulated": found.simulated, "closed form": found.closed}
+        print_table(
+            ("from arrival to end", *names), [(way, *map(_time, values.values())) for way, values in ways.items()]
+        )
+    click.echo()
+    bounds = [(one.name, _rate(one.rate), one.advice) for one in limits(setup)]
+    print_table(("limit", ">rate", "~what raises it"), bounds)
+    lines = list(_answers(asked))
+    if lines:
+        click.echo()
+        print_table(("question", "~answer"), lines)
+    for note in found.notes:
+        advise(note)
+
+
+def _answers(asked: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    if "p99" in asked:
+        wanted, workers, rate = asked["p99"].values()
+        enough = "no number of them is enough" if workers is None else f"{workers}"
+        yield f"workers for a p99 of {_time(wanted)}", enough
+        yield f"the largest load for a p99 of {_time(wanted)}", _rate(rate) if rate else "none: one event takes longer"
+    if "drain" in asked:
+        yield f"to work off {asked['drain']['events']:,.0f} events", _span(asked["drain"]["seconds"])
+    if "outage" in asked:
+        outage, events, left = asked["outage"].values()
+        yield f"after an outage of {span(outage)}", f"{events:,.0f} events wait; worked off in {_span(left)}"
+
+
+def _span(value: float | None) -> str:
+    return "never: the load is as large as what it carries" if value is None else span(value)
+
+
+def _rate(value: float) -> str:
+    return f"{value:,.0f}/s" if value >= 100 else f"{value:.3g}/s"
+
+
+def _time(value: float) -> str:
+    """A short time with three digits: 12.3 ms, 1.20 s."""
+    for limit, factor, unit in ((1e-3, 1e6, "µs"), (1.0, 1e3, "ms")):
+        if value < limit:
+            return f"{value * factor:.3g} {unit}"
+    return f"{value:.3g} s" if value < 120 else span(value)

@@ -1,0 +1,105 @@
+"""Modelled and recorded times, and the histogram that workers fill."""
+
+import json
+import random
+import statistics
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from stentor.capacity import Histogram, arrivals, fitted, recorded
+from stentor.capacity.histogram import ACCURACY
+from stentor.errors import DefinitionError
+
+
+@pytest.mark.parametrize("cv", [0, 0.1, 0.5, 0.9, 1, 1.5, 2])
+def test_fitted_has_its_mean_and_variation(cv: float) -> None:
+    found = fitted(0.02, cv)
+    assert statistics.fmean(found) == pytest.approx(0.02)
+    assert statistics.pstdev(found) / 0.02 == pytest.approx(cv, rel=0.02)
+    assert found == sorted(found)
+    assert found[0] > 0
+
+
+@pytest.mark.parametrize(("mean", "cv"), [(0, 1), (-1, 1), (1, -1), (float("nan"), 1), (float("inf"), 1)])
+def test_fitted_refuses_what_is_no_time(mean: float, cv: float) -> None:
+    with pytest.raises(DefinitionError, match="mean above 0"):
+        fitted(mean, cv)
+
+
+@pytest.mark.parametrize("cv", [0, 0.5, 1, 2])
+def test_arrivals_have_their_rate_and_variation(cv: float) -> None:
+    found = arrivals(200, [0.01], 50_000, cv=cv, hot=0.1)
+    assert found.rate == pytest.approx(200, rel=0.03)
+    assert found.arrival_cv == pytest.approx(cv, rel=0.03, abs=1e-6)
+    assert found.hottest == pytest.approx(0.1, rel=0.05)
+    assert arrivals(200, [0.01], 50_000, cv=cv, hot=0.1) == found
+
+
+@given(st.lists(st.floats(1e-7, 1e5), min_size=1, max_size=300), st.floats(0, 1))
+def test_histogram_quantiles_are_within_the_accuracy(values: list[float], q: float) -> None:
+    found = Histogram(values)
+    exact = sorted(values)[int(q * (len(values) - 1))]
+    assert found.quantile(q) == pytest.approx(exact, rel=ACCURACY * 1.001)
+
+
+def test_histograms_add_up_and_survive_json() -> None:
+    chance = random.Random(1)
+    values = [chance.lognormvariate(-4, 1) for _ in range(10_000)]
+    whole, parts = Histogram(values), Histogram(values[::2])
+    parts.merge(Histogram.from_dict(json.loads(json.dumps(Histogram(values[1::2]).to_dict()))))
+    assert parts.buckets == whole.buckets
+    assert parts.mean == pytest.approx(statistics.fmean(values))
+    assert parts.cv == pytest.approx(statistics.pstdev(values) / statistics.fmean(values))
+    assert statistics.fmean(parts.points()) == pytest.approx(parts.mean, rel=0.03)
+
+
+def test_an_empty_histogram_is_all_zero() -> None:
+    found = Histogram()
+    assert (found.mean, found.cv, found.quantile(0.5), found.points()) == (0, 0, 0, [])
+
+
+@pytest.mark.parametrize("data", [{}, {"buckets": []}, {"buckets": {"a": 1}, "total": 1, "squares": 1}])
+def test_what_is_no_histogram_is_refused(data: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match="not a histogram"):
+        Histogram.from_dict(data)
+
+
+def test_recorded_csv_and_json(tmp_path: Path) -> None:
+    table = tmp_path / "run.csv"
+    table.write_text("time,service,key\n2026-01-01T00:00:00Z,0.5,a\n2026-01-01T00:00:01Z,0.25,\n", "utf-8")
+    lines = tmp_path / "run.jsonl"
+    lines.write_text('{"time": 100, "service": 0.5, "key": "a"}\n\n{"time": 101, "service": 0.25}\n', "utf-8")
+    assert recorded(table) == recorded(lines)
+    assert recorded(lines).at == [0, 1]
+    assert recorded(lines).keys == ["a", None]
+
+
+@pytest.mark.parametrize(
+    ("text", "wrong"),
+    [
+        ('{"time": 1, "service": 1}\n', "1 events are too few"),
+        ('{"time": 1, "service": 1}\n{"time": 1, "service": 1}\n', "the same time"),
+        ('{"time": 2, "service": 1}\n{"time": 1, "service": 1}\n', "line 2: the time goes back from 2 to 1"),
+        ('{"time": 1, "service": 0}\n', "line 1: a service time has to be above 0"),
+        ('{"time": -1, "service": 1}\n', "line 1: time is -1"),
+        ('{"time": "soon", "service": 1}\n', "line 1: time is 'soon'"),
+        ('{"time": 1, "service": "NaN"}\n', "line 1: service is 'NaN'"),
+        ('{"time": 1}\n', "line 1: there is no 'service'"),
+        ('{"stentor_handled_total": 1, "service": 1}\n', "line 1: there is no 'time'"),
+        ("[1, 2]\n", "line 1: a JSON object"),
+        ("# HELP x\n", "line 1: no JSON"),
+    ],
+)
+def test_bad_recordings_name_line_and_fault(tmp_path: Path, text: str, wrong: str) -> None:
+    path = tmp_path / "run.jsonl"
+    path.write_text(text, "utf-8")
+    with pytest.raises(DefinitionError, match=wrong):
+        recorded(path)
+
+
+def test_a_recording_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(DefinitionError, match="No such file"):
+        recorded(tmp_path / "none.csv")

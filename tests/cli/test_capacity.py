@@ -1,0 +1,64 @@
+"""``stentor capacity`` as people use it."""
+
+import json
+
+import pytest
+
+from tests.cli.conftest import Stentor
+
+NUMBERS = ("--rate", "500/s", "--service", "20ms", "--concurrency", "16")
+
+
+def test_numbers_by_hand(shop: Stentor) -> None:
+    text = shop("capacity", *NUMBERS, "--p99", "200ms", "--backlog", "3000", "--outage", "1m")
+    assert "at most 800/s: handlers" in text
+    assert "from arrival to end" in text
+    assert "30,000 events wait; worked off in 100 s" in text
+    found = json.loads(shop("capacity", *NUMBERS, "--p99", "200ms", "--backlog", "3000", "--outage", "1m", "--json"))
+    assert found["throughput"] == 500
+    assert found["limit"]["name"] == "handlers"
+    assert found["simulated"]["p99"] == pytest.approx(found["closed"]["p99"], rel=0.1)
+    assert found["p99"]["workers"] == 1
+    assert found["drain"]["seconds"] == pytest.approx(10)
+
+
+def test_overload_has_no_percentiles(shop: Stentor) -> None:
+    found = json.loads(shop("capacity", "--rate", "2k/s", *NUMBERS[2:], "--backlog", "1", "--json"))
+    assert found["grows"] == pytest.approx(1200)
+    assert found["simulated"] is None
+    assert found["drain"]["seconds"] is None
+    assert "never" in shop("capacity", "--rate", "2k/s", *NUMBERS[2:], "--backlog", "1")
+
+
+def test_a_recorded_file(shop: Stentor) -> None:
+    lines = [json.dumps({"time": n / 100, "service": 0.05, "key": f"k{n % 4}"}) for n in range(1000)]
+    (shop.folder / "run.jsonl").write_text("\n".join(lines), "utf-8")
+    found = json.loads(shop("capacity", "run.jsonl", "--json"))
+    assert found["rate"] == pytest.approx(100)
+    assert found["limit"]["name"] == "hot key"  # four keys of one event at a time each: 80/s
+    assert found["limit"]["rate"] == pytest.approx(80)
+    assert json.loads(shop("capacity", "run.jsonl", "--rate", "40/s", "--json"))["grows"] == 0
+
+
+def test_a_plot(shop: Stentor) -> None:
+    shop("capacity", *NUMBERS, "--plot", "knee.svg")
+    assert "</svg>" in (shop.folder / "knee.svg").read_text("utf-8")
+
+
+@pytest.mark.parametrize(
+    ("args", "code", "wrong"),
+    [
+        ((), 2, "give --rate and --service, or a FILE"),
+        (("--rate", "soon", "--service", "1s"), 2, "'soon' is no rate above 0"),
+        (("--rate", "0", "--service", "1s"), 2, "'0' is no rate above 0"),
+        (("--rate", "1/s", "--service", "0s"), 3, "a mean above 0"),
+        (("--rate", "1/s", "--service", "quick"), 2, "no duration"),
+        (("--rate", "1/s", "--service", "1s", "--workers", "0"), 3, "workers has to be above 0"),
+        (("--rate", "1/s", "--service", "1s", "--plot", "x.txt"), 3, "a plot is a .svg"),
+        (("none.csv",), 3, "No such file"),
+    ],
+)
+def test_bad_input_gets_one_clear_line(shop: Stentor, args: tuple[str, ...], code: int, wrong: str) -> None:
+    text = shop("capacity", *args, code=code)
+    assert wrong in " ".join(text.split())
+    assert "Traceback" not in text
