@@ -151,6 +151,13 @@ class Admin(Protocol):
         """Drop a delayed event that has not fallen due; False if there is none."""
         ...
 
+    async def delayed(self) -> list[Message]:
+        """The events that wait for their ``due``, the next one first; those that just fall due may be among them.
+
+        Raises Unsupported where the server cannot list them.
+        """
+        ...
+
     async def journal(self, group: str, topic: str, partition: int, prefix: str) -> dict[str, bytes]:
         """A partition's journal as an outsider reads it: the names that start with ``prefix``, marks included."""
         ...

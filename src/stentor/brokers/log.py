@@ -41,6 +41,7 @@ from stentor.errors import (
     TooLarge,
     UnknownGroup,
     UnknownTopic,
+    Unsupported,
 )
 from stentor.event import Topic
 from stentor.message import Message, Receipt, new_id
@@ -187,6 +188,10 @@ class LogBroker:
     async def withdraw(self, id: str) -> bool:
         """Drop a delayed message. Only with ``native_delay``."""
         raise NotImplementedError
+
+    async def waiting(self) -> list[Message]:
+        """The delayed messages, with ``due``, the next one first. Only with ``native_delay``."""
+        raise Unsupported("listing delayed events", self.features.name, "wait until they have fallen due")
 
     # ---- life -------------------------------------------------------------------------------------------------------
 

@@ -14,7 +14,7 @@ from stentor.brokers.log_consumer import Ownership, Place, decode_ownership, dec
 from stentor.brokers.staging import DELAY_GROUP, DELAY_TOPIC
 from stentor.brokers.storage import GroupRecord, TopicRecord, Write
 from stentor.errors import BrokerError, StentorError, UnknownTopic
-from stentor.message import Lag, dead_topic, new_id
+from stentor.message import Lag, Message, dead_topic, new_id
 
 if TYPE_CHECKING:
     from stentor.brokers.log import LogBroker
@@ -205,6 +205,11 @@ class LogAdmin:
         if self._broker.native_delay:
             return await self._broker.withdraw(id)
         return await self._broker.staging.cancel(id)
+
+    async def delayed(self) -> list[Message]:
+        if self._broker.native_delay:
+            return await self._broker.waiting()
+        return await self._broker.staging.waiting()
 
     async def journal(self, group: str, topic: str, partition: int, prefix: str) -> dict[str, bytes]:
         record = await self._broker.group(group)

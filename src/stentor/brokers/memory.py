@@ -386,6 +386,9 @@ class MemoryBroker:
         self._set_timer()
         return found
 
+    async def delayed(self) -> list[Message]:
+        return [message for _, _, message in sorted(self._delayed, key=lambda entry: entry[:2])]
+
     async def journal(self, group: str, topic: str, partition: int, prefix: str) -> dict[str, bytes]:
         held = self._group(group).journal.get((topic, partition), {})
         return {name: value for name, value in held.items() if name.startswith(prefix)}

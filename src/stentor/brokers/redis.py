@@ -20,7 +20,7 @@ from redis.retry import Retry
 from stentor.broker import Durable, Features
 from stentor.brokers.log import LogBroker
 from stentor.brokers.storage import DUPLICATE, Entry, Held, Stored, Write
-from stentor.brokers.wire import pack_delayed, unpack, unpack_delayed
+from stentor.brokers.wire import pack_delayed, unpack, unpack_delayed, unpack_waiting
 from stentor.clock import Clock
 from stentor.connect import BrokerUrl
 from stentor.errors import (
@@ -434,6 +434,11 @@ class RedisBroker(LogBroker):
                     return bool(removed)
             if int(cursor) == 0:
                 return False
+
+    async def waiting(self) -> list[Message]:
+        rows = await self._ask("HGETALL", f"{self._root}:delayed")
+        bodies = rows.values() if isinstance(rows, dict) else rows[1::2]
+        return sorted(map(unpack_waiting, bodies), key=lambda message: message.due)
 
 
 def _offset(id: bytes) -> int:

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 
 from stentor.broker import GroupInfo, Start, TopicInfo
 from stentor.brokers.sqlite_file import Tx
-from stentor.brokers.sqlite_rows import decode_done, offset
+from stentor.brokers.sqlite_rows import decode_done, make_message, offset
 from stentor.errors import BrokerError, UnknownGroup, UnknownTopic
-from stentor.message import Lag, dead_topic, new_id
+from stentor.message import Lag, Message, dead_topic, new_id
 
 if TYPE_CHECKING:
     from stentor.brokers.sqlite import SqliteBroker
@@ -239,6 +239,20 @@ class SqliteAdmin:
         return await self._broker.file.submit(
             lambda tx: tx.db.execute("DELETE FROM stentor_delayed WHERE id = ?", (id,)).rowcount > 0
         )
+
+    async def delayed(self) -> list[Message]:
+        def ask(db: sqlite3.Connection) -> list[Message]:
+            found = []
+            for due, topic, id, key, type, head, body in db.execute(
+                "SELECT d.due, t.name, d.id, d.key, d.type, d.head, d.body FROM stentor_delayed d "
+                "JOIN stentor_topic t ON t.id = d.topic ORDER BY d.due, d.n"
+            ):
+                if self._ours(topic):
+                    found.append(make_message(self._name(topic), id, key, type, head, body))
+                    found[-1].due = due
+            return found
+
+        return await self._broker.file.query(ask)
 
     async def journal(self, group: str, topic: str, partition: int, prefix: str) -> dict[str, bytes]:
         def ask(db: sqlite3.Connection) -> dict[str, bytes]:

@@ -12,9 +12,9 @@ import heapq
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from stentor.brokers.log_consumer import LogConsumer, decode_place
-from stentor.brokers.wire import delayed_until, unpack_delayed
-from stentor.errors import StentorError
+from stentor.brokers.log_consumer import LogConsumer, Place, decode_place
+from stentor.brokers.wire import delayed_until, unpack_delayed, unpack_waiting
+from stentor.errors import StentorError, UnknownGroup, UnknownTopic
 from stentor.event import Topic
 from stentor.message import Delivery, Message, Outcome, Partition, Settlement
 from stentor.subscription import Subscription
@@ -155,6 +155,31 @@ class Staging:
                         heapq.heappush(self._waiting, name)
         if failures:
             raise failures[0].error
+
+    async def waiting(self) -> list[Message]:
+        """What waits, the next one first: first what its owner has not moved yet, then the journal, so that nothing
+        can slip from one into the other unseen.
+        """
+        broker = self._broker
+        try:
+            space = broker.space((await broker.group(DELAY_GROUP)).id, DELAY_TOPIC, 0)
+            stored = (await broker.topic(DELAY_TOPIC)).stored
+        except (UnknownGroup, UnknownTopic):
+            return []
+        [place] = await broker.get([(space, "!place")])
+        known = Place(0) if place is None else decode_place(place)
+        found: dict[str, bytes] = {}
+        offset = known.prefix
+        while arriving := await broker.page(stored, 0, offset, FALL):
+            bodies = [item.message.data for item in arriving if item.offset not in known.done]
+            found |= {_name(*delayed_until(body)): body for body in bodies}
+            offset = arriving[-1].offset + 1
+        names = await broker.names(space)
+        held = [name for name in names if name.startswith("d/")]
+        values = await broker.get([(space, name) for name in held])
+        found |= {name: value for name, value in zip(held, values, strict=True) if value is not None}
+        cancelled = {name.removeprefix("m/cancel/") for name in names if name.startswith("m/cancel/")}
+        return [unpack_waiting(found[name]) for name in sorted(found) if name[18:] not in cancelled]
 
     async def cancel(self, id: str) -> bool:
         """Mark a waiting message as not wanted; False if none of that id waits."""

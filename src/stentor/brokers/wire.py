@@ -97,6 +97,13 @@ def unpack_delayed(body: bytes) -> Message:
     return unpack(packed, topic, id)
 
 
+def unpack_waiting(body: bytes) -> Message:
+    """The message of ``pack_delayed``, with its topic and when it falls due."""
+    message = unpack_delayed(body)
+    message.due, _ = delayed_until(body)
+    return message
+
+
 def delayed_until(body: bytes) -> tuple[float, str]:
     """When the message of ``pack_delayed`` falls due, in seconds since the epoch, and its id."""
     _, due, id, _ = _decode_delayed(body)

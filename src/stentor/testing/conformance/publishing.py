@@ -150,6 +150,27 @@ class Delays(Scene):
             await until(lambda: seen)
             assert seen == [2]
 
+    async def test_r07_what_waits_is_listed(self, stage: Stage) -> None:
+        """Delayed events can be looked at, the next one first, as they were published; or the broker refuses it."""
+        [later, sooner, gone] = [
+            await stage.publish(Job(key="a", n=n), delay=delay, headers={"origin": "test"})
+            for n, delay in ((1, "2h"), (2, "1h"), (3, "3h"))
+        ]
+        admin = stage.broker.admin
+        try:
+            listed = await admin.delayed()
+        except Unsupported:
+            return
+        assert [message.id for message in listed] == [sooner.id, later.id, gone.id]
+        assert [(m.topic, m.key, m.extensions["origin"]) for m in listed] == [("jobs", "a", "test")] * 3
+        assert all(
+            0 < message.due - stage.clock.now() - hours * 3600 + 60 < 60.5
+            for message, hours in zip(listed, (1, 2, 3), strict=True)
+        )
+        if stage.features.cancel:
+            assert await admin.cancel(gone.id)
+            assert [message.id for message in await admin.delayed()] == [sooner.id, later.id]
+
     async def test_r07_the_clock_is_set_forward(self, stage: Stage, stage_clock: JumpingClock) -> None:
         """Delayed events and retries that a jump of the clock makes due run now, not at the end of their timers."""
         app = stage.app()
