@@ -38,9 +38,6 @@ SERVERS = {
 """By name: the module and class of each server. ``kafka3`` is a cluster of three nodes."""
 
 
-_holders: list[subprocess.Popen[bytes]] = []
-
-
 class Missing(Exception):
     """A server cannot be had on this machine; the text says what to install."""
 
@@ -276,7 +273,7 @@ def shared(name: str, folder: Path, parent: int, *, secure: bool = False) -> str
                     [sys.executable, "-m", "servers", "hold", name, str(folder), str(parent), str(int(secure))],
                     cwd=ROOT, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
                 )  # fmt: skip
-                _holders.append(holder)  # it outlives this process, and is waited for by none
+                holder.returncode = 0  # it outlives this process: nobody is to wait for it, or be told that none did
             deadline = time.monotonic() + 900  # it may have to be downloaded
             while not state.exists():
                 if time.monotonic() > deadline:

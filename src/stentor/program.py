@@ -292,8 +292,10 @@ class Program:
         for task in self._each:
             task.cancel()
         await asyncio.gather(*self._each, return_exceptions=True)
-        await asyncio.gather(*(worker.stop(grace) for worker in self.workers))
-        self.workers.clear()
-        await self.scope.close()
-        if self._owns_broker:
-            await self.broker.close()
+        try:
+            await asyncio.gather(*(worker.stop(grace) for worker in self.workers))
+            self.workers.clear()
+            await self.scope.close()
+        finally:
+            if self._owns_broker:
+                await self.broker.close()

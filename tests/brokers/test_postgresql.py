@@ -7,7 +7,9 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from stentor.connect import connect
+from stentor.brokers.postgresql import Connection, PostgresBroker
+from stentor.clock import SystemClock
+from stentor.connect import BrokerUrl, connect
 from stentor.errors import AuthenticationFailed, ConfigError, StentorError, StorageUnusable, Unavailable
 from stentor.event import Topic
 from stentor.message import Message
@@ -17,21 +19,9 @@ from tests.real import fresh, server_url
 pytestmark = [pytest.mark.server, pytest.mark.slow]
 
 
-KEPT = {
-    "test_r11_the_server_is_away",
-    "test_r11_health_tells_the_truth",
-    "test_r10_rolling_restart",
-}
-
-
 class TestPostgresqlServer(ServerFaults):
     name = "postgresql"
     options = {"lease": 1, "beat": 0.25}  # noqa: RUF012
-
-    @pytest.fixture(autouse=True)
-    def kept(self, request: pytest.FixtureRequest) -> None:
-        if request.function.__name__ not in KEPT:
-            pytest.skip("not kept on PostgreSQL yet, see docs/brokers/postgresql.md")
 
 
 @pytest.fixture
@@ -131,3 +121,83 @@ async def test_a_long_transaction_of_others_stalls_nothing(plain: str) -> None:
     finally:
         await connection.close()
         await broker.close()
+
+
+class Recorded(PostgresBroker):
+    """A broker all of whose connections are kept an eye on."""
+
+    def __init__(self, url: str) -> None:
+        super().__init__(BrokerUrl(url), SystemClock())
+        self.made: list[Connection] = []
+        self.making = asyncio.Event()
+        """Somebody has begun to connect."""
+
+    async def session(self) -> Connection:
+        self.making.set()
+        connection = await super().session()
+        self.made.append(connection)
+        return connection
+
+    async def idle(self) -> int:
+        """The connections that are open when nothing runs any more, also nothing that nobody awaits."""
+        tasks = asyncio.all_tasks() - {asyncio.current_task()}
+        await asyncio.gather(*tasks, return_exceptions=True)
+        return sum(not connection.closed for connection in self.made)
+
+
+async def one(connection: Connection) -> None:
+    await connection.execute("SELECT 1")
+
+
+class TestNothingStaysOpen:
+    @pytest.fixture
+    def recorded(self, plain: str) -> Recorded:
+        return Recorded(plain)
+
+    async def test_a_read_that_was_given_up(self, recorded: Recorded) -> None:
+        """A reader is closed while the query of a cancelled read still runs."""
+        await recorded.open()
+        reader = recorded.reader()
+        begun = asyncio.Event()
+
+        async def slow(connection: Connection) -> None:
+            begun.set()
+            await connection.execute("SELECT pg_sleep(0.2)")
+
+        await reader._line.run(one, sent=Unavailable)
+        reading = asyncio.create_task(reader._line.run(slow, sent=Unavailable))
+        await begun.wait()
+        reading.cancel()
+        await reader.close()
+        await recorded.close()
+        assert await recorded.idle() == 0
+
+    async def test_closed_while_it_connects(self, recorded: Recorded) -> None:
+        await recorded.open()
+        recorded.making.clear()
+        asking = asyncio.create_task(recorded.ping())
+        await recorded.making.wait()
+        asking.cancel()
+        await recorded.close()
+        assert await recorded.idle() == 0
+
+    async def test_an_open_that_was_cancelled(self, recorded: Recorded) -> None:
+        opening = asyncio.create_task(recorded.open())
+        await recorded.making.wait()
+        opening.cancel()
+        assert await recorded.idle() == 0
+
+    async def test_a_close_that_was_cancelled(self, recorded: Recorded) -> None:
+        await recorded.open()
+        await recorded.ping()
+        closing = asyncio.create_task(recorded.close())
+        await asyncio.sleep(0)  # it has begun
+        closing.cancel()
+        assert await recorded.idle() == 0
+
+    async def test_a_reader_that_nobody_closed(self, recorded: Recorded) -> None:
+        await recorded.open()
+        reader = recorded.reader()
+        await reader._line.run(one, sent=Unavailable)
+        await recorded.close()
+        assert await recorded.idle() == 0

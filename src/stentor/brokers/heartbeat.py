@@ -100,4 +100,5 @@ class Heartbeat:
         if heart is not None:
             with contextlib.suppress(Exception):
                 heart.end(self.name)
+            with contextlib.suppress(Exception):
                 heart.close()

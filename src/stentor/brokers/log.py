@@ -16,6 +16,7 @@ journal, marks, replay, lag, retention (``log_consumer.py``, ``log_admin.py``), 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import heapq
 import logging
 from collections.abc import AsyncIterator, Sequence
@@ -210,16 +211,23 @@ class LogBroker:
         if self.closed:
             return
         self.closed = True
-        await self.staging.stop()
-        for task in (self._ticking, self._flushing):
-            if task is not None:
-                task.cancel()
-                await asyncio.gather(task, return_exceptions=True)
+        async with contextlib.AsyncExitStack() as leaving:  # all of it, also when this is cancelled
+            leaving.push_async_callback(self.disconnect)
+            leaving.push_async_callback(self._end_heartbeat)
+            leaving.push_async_callback(self._end_tasks)
+            await self.staging.stop()
+
+    async def _end_heartbeat(self) -> None:
+        heartbeat, self._heartbeat = self._heartbeat, None
+        if heartbeat is not None:
+            await heartbeat.stop()
+
+    async def _end_tasks(self) -> None:
+        tasks = [task for task in (self._ticking, self._flushing) if task is not None]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
         self._flushing = None
-        if self._heartbeat is not None:
-            await self._heartbeat.stop()
-            self._heartbeat = None
-        await self.disconnect()
 
     async def health(self) -> str | None:
         if self.closed:

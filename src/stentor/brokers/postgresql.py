@@ -8,17 +8,20 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import re
+import socket
+import threading
 import time
 from collections.abc import Awaitable, Callable, Iterable, Sequence
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 import psycopg
 
 from stentor.broker import Features
 from stentor.brokers.log import LogBroker
 from stentor.brokers.storage import DUPLICATE, Entry, Held, Stored, Write
-from stentor.brokers.wire import pack_delayed, unpack, unpack_delayed
+from stentor.brokers.wire import pack_delayed, unpack, unpack_delayed, unpack_waiting
 from stentor.clock import Clock
 from stentor.connect import BrokerUrl
 from stentor.errors import (
@@ -41,6 +44,10 @@ WINDOW = 7 * 86400.0
 """Seconds for which a source and id are remembered."""
 FALL = 500
 """Delayed messages that one step lets appear."""
+STARTING = 30.0
+"""Seconds that a start may wait for others which make the tables."""
+LOOK = 5.0
+"""Seconds after which a connection that only listens is asked whether it still stands."""
 VERSION = 1
 _TABLES = """
 CREATE TABLE version (version int NOT NULL);
@@ -76,9 +83,42 @@ def _error(error: Exception, broker: object) -> StentorError:
 
 async def _whole(call: Awaitable[T]) -> T:
     """Await a step that runs to its end in a task of its own: a cancelled one must not leave half a transaction."""
+    return await asyncio.shield(_quiet(call))
+
+
+def _quiet(call: Awaitable[T]) -> asyncio.Future[T]:
+    """A task whose error nobody has to ask for."""
     task = asyncio.ensure_future(call)
     task.add_done_callback(lambda done: None if done.cancelled() else done.exception())
-    return await asyncio.shield(task)
+    return task
+
+
+async def _transact(connection: Connection, step: Callable[[Connection], Awaitable[T]]) -> T:
+    async with connection.transaction():
+        return await step(connection)
+
+
+async def _in_time(connection: Connection, call: Awaitable[T], patience: float) -> T:
+    """What the server answers within ``patience`` seconds; else its connection is cut. Raises TimeoutError.
+
+    A rollback, or the client's own way of cancelling, would wait for the same server.
+    """
+    task = _quiet(call)
+    try:
+        await asyncio.wait({task}, timeout=patience)
+        if task.done():
+            return task.result()
+        raise TimeoutError(f"no answer within {patience:g} s")
+    finally:
+        if not task.done():
+            _cut(connection)
+            await asyncio.wait({task})
+
+
+def _cut(connection: Connection | psycopg.Connection[tuple[Any, ...]]) -> None:
+    """Let the client see the end of the stream; to close it would leave its number to the next socket."""
+    with contextlib.suppress(OSError, psycopg.Error), socket.socket(fileno=os.dup(connection.fileno())) as way:
+        way.shutdown(socket.SHUT_RDWR)
 
 
 class _Line:
@@ -92,6 +132,12 @@ class _Line:
         self._again = again
         self._connection: Connection | None = None
         self._lock = asyncio.Lock()
+        self._closed = True
+
+    def open(self) -> Self:
+        self._closed = False
+        self._broker.lines.add(self)
+        return self
 
     async def run(self, step: Callable[[Connection], Awaitable[T]], *, sent: Callable[[str], StentorError]) -> T:
         """Run a step in a transaction. When the connection breaks under it, ``sent`` makes the error."""
@@ -108,27 +154,39 @@ class _Line:
             return await self._once(step, sent)
 
     async def _once(self, step: Callable[[Connection], Awaitable[T]], sent: Callable[[str], StentorError]) -> T:
+        if self._closed:
+            raise Unavailable(f"{self._broker} is not open")
         try:
             if self._connection is None or self._connection.closed:
                 self._connection = await self._broker.session()
         except (psycopg.Error, OSError) as error:
             raise _error(error, self._broker) from None
         try:
-            async with asyncio.timeout(self._broker.patience), self._connection.transaction():
-                return await step(self._connection)
+            return await _in_time(self._connection, _transact(self._connection, step), self._broker.patience)
+        except asyncio.CancelledError:  # only when the loop ends
+            await self._drop()
+            raise
         except (psycopg.Error, OSError, TimeoutError) as error:
             broken = isinstance(error, TimeoutError) or self._connection.closed
             if broken:
-                with contextlib.suppress(psycopg.Error, OSError):
-                    await self._connection.close()
-                self._connection = None
+                await self._drop()
             found = _error(error, self._broker)
             raise (sent(str(error)) if broken or isinstance(found, Unavailable) else found) from None
 
-    async def close(self) -> None:
+    async def _drop(self) -> None:
         if self._connection is not None:
             await self._connection.close()
             self._connection = None
+
+    async def close(self) -> None:
+        """Close the connection when the step that uses it has ended, also one that nobody awaits any more."""
+        self._closed = True
+        await _whole(self._close())
+
+    async def _close(self) -> None:
+        async with self._lock:
+            await self._drop()
+        self._broker.lines.discard(self)
 
 
 class PostgresBroker(LogBroker):
@@ -160,7 +218,17 @@ class PostgresBroker(LogBroker):
             if file := url.option(option, ""):
                 self._arguments[name] = file
         self.patience = max(2.0, self.lease / 2)
-        self._lines: dict[str, _Line] = {}
+        settings = {
+            "search_path": self._schema,
+            "synchronous_commit": "on",
+            # A client that fell silent must not hold its locks for as long as TCP believes in it.
+            "idle_in_transaction_session_timeout": int(self.patience * 1000),
+            "statement_timeout": int(self.patience * 1000),
+        }
+        self._arguments["options"] = " ".join(f"-c {name}={value}" for name, value in settings.items())
+        self.lines: set[_Line] = set()
+        """All that may hold a connection, those of readers too."""
+        self._ask, self._append, self._written = _Line(self, again=True), _Line(self), _Line(self)
         self._numbers: dict[str, int] = {}
         self._news = asyncio.Event()
         self._listening: asyncio.Task[None] | None = None
@@ -170,13 +238,7 @@ class PostgresBroker(LogBroker):
 
     async def session(self) -> Connection:
         """A connection of Stentor's: its own schema first, every commit on disk."""
-        connection: Connection = await psycopg.AsyncConnection.connect(**self._arguments, autocommit=True)
-        try:
-            await connection.execute(f"SET search_path = {self._schema}; SET synchronous_commit = on")
-        except BaseException:
-            await connection.close()
-            raise
-        return connection
+        return await psycopg.AsyncConnection.connect(**self._arguments, autocommit=True)
 
     @property
     def native(self) -> Callable[[], Awaitable[Connection]]:
@@ -184,36 +246,42 @@ class PostgresBroker(LogBroker):
         return self.session
 
     async def connect(self) -> None:
-        self._lines = {name: _Line(self, again=name == "ask") for name in ("ask", "append", "write")}
         try:
-            await self._make_tables(await psycopg.AsyncConnection.connect(**self._arguments, autocommit=True))
+            connection = await self.session()
+            try:
+                await _in_time(connection, _transact(connection, self._make_tables), STARTING)
+            finally:
+                await connection.close()
         except (psycopg.Error, OSError) as error:
             raise _error(error, self) from None
+        for line in (self._ask, self._append, self._written):
+            line.open()
         self._listening = asyncio.create_task(self._listen(), name="stentor postgresql listen")
 
     async def _make_tables(self, connection: Connection) -> None:
-        async with connection, connection.transaction():
-            # Several processes may start at once.
-            await connection.execute("SELECT pg_advisory_xact_lock(hashtext(%s))", (f"stentor {self._schema}",))
-            found = await (await connection.execute("SELECT to_regclass(%s)", (f"{self._schema}.version",))).fetchone()
-            if found == (None,):
-                await connection.execute(f"CREATE SCHEMA IF NOT EXISTS {self._schema}")
-                await connection.execute(f"SET LOCAL search_path = {self._schema}")
-                for statement in _TABLES.split(";"):
-                    if statement.strip():
-                        await connection.execute(statement)
-                await connection.execute("INSERT INTO version VALUES (%s)", (VERSION,))
-            row = await (await connection.execute(f"SELECT version FROM {self._schema}.version")).fetchone()
-            if row is None or row[0] > VERSION:
-                raise StorageUnusable(f"{self}: the tables are of version {row and row[0]}, this program's {VERSION}")
+        # Several processes may start at once, and one makes the tables while the others wait.
+        await connection.execute(f"SET LOCAL statement_timeout = {int(STARTING * 1000)}")
+        await connection.execute("SELECT pg_advisory_xact_lock(hashtext(%s))", (f"stentor {self._schema}",))
+        found = await (await connection.execute("SELECT to_regclass(%s)", (f"{self._schema}.version",))).fetchone()
+        if found == (None,):
+            await connection.execute(f"CREATE SCHEMA IF NOT EXISTS {self._schema}")
+            await connection.execute(f"SET LOCAL search_path = {self._schema}")
+            for statement in _TABLES.split(";"):
+                if statement.strip():
+                    await connection.execute(statement)
+            await connection.execute("INSERT INTO version VALUES (%s)", (VERSION,))
+        row = await (await connection.execute(f"SELECT version FROM {self._schema}.version")).fetchone()
+        if row is None or row[0] > VERSION:
+            raise StorageUnusable(f"{self}: the tables are of version {row and row[0]}, this program's {VERSION}")
 
     async def disconnect(self) -> None:
-        if self._listening is not None:
-            self._listening.cancel()
-            await asyncio.gather(self._listening, return_exceptions=True)
-            self._listening = None
-        for line in self._lines.values():
-            await line.close()
+        listening, self._listening = self._listening, None
+        try:
+            if listening is not None:
+                listening.cancel()
+                await asyncio.gather(listening, return_exceptions=True)
+        finally:
+            await _whole(asyncio.gather(*(line.close() for line in self.lines)))
 
     async def ping(self) -> None:
         await self._rows("SELECT 1")
@@ -223,16 +291,21 @@ class PostgresBroker(LogBroker):
             cursor = await connection.execute(query, values)
             return await cursor.fetchall() if cursor.description else []
 
-        return await self._lines["ask"].run(ask, sent=lambda why: Unavailable(f"{self} cannot be reached: {why}"))
+        return await self._ask.run(ask, sent=lambda why: Unavailable(f"{self} cannot be reached: {why}"))
 
     async def _listen(self) -> None:
         """Wake readers when any process has stored something."""
         while not self.closed or self._listening is not None:
-            with contextlib.suppress(psycopg.Error, OSError):
-                async with await self.session() as connection:
-                    await connection.execute(f"LISTEN {self._schema}")
-                    async for _ in connection.notifies():
-                        self._news.set()
+            with contextlib.suppress(psycopg.Error, OSError):  # TimeoutError is an OSError
+                connection = await self.session()
+                try:
+                    await _in_time(connection, connection.execute(f"LISTEN {self._schema}"), self.patience)
+                    while True:
+                        async for _ in connection.notifies(timeout=LOOK):
+                            self._news.set()
+                        await _in_time(connection, connection.execute("SELECT 1"), self.patience)
+                finally:  # not ``async with``: that would wait for a rollback first
+                    await connection.close()
             await asyncio.sleep(0.5)
 
     async def news(self, wait: float) -> None:
@@ -260,7 +333,7 @@ class PostgresBroker(LogBroker):
             await self._number(topic)
         ids = [entry.message.id for entry in entries]
         results: list[int | StentorError] = []
-        results += await self._lines["append"].run(
+        results += await self._append.run(
             lambda connection: self._store(connection, entries), sent=lambda why: PublishUnknown(ids, why)
         )
         self._news.set()
@@ -382,7 +455,7 @@ class PostgresBroker(LogBroker):
     async def write(self, writes: Sequence[Write]) -> list[bool]:
         for topic in {entry.topic for write in writes for entry in write.outputs}:
             await self._number(topic)
-        found = await self._lines["write"].run(
+        found = await self._written.run(
             lambda connection: self._write(connection, writes),
             sent=lambda why: Unavailable(f"{self}: it is not known whether this was written: {why}"),
         )
@@ -434,10 +507,7 @@ class PostgresBroker(LogBroker):
     # ---- leases -----------------------------------------------------------------------------------------------------
 
     def heart(self) -> PostgresHeart:
-        connection = psycopg.connect(**self._arguments, autocommit=True)
-        connection.execute(f"SET search_path = {self._schema}")
-        connection.execute(f"SET statement_timeout = {int(self.lease * 500)}")
-        return PostgresHeart(connection, self.prefix)
+        return PostgresHeart(psycopg.connect(**self._arguments, autocommit=True), self.prefix, self.lease / 2)
 
     async def leases(self) -> dict[str, bytes]:
         rows = await self._rows(
@@ -474,7 +544,7 @@ class PostgresBroker(LogBroker):
             await self._store(connection, [entry for number, entry in entries if number in ours])
 
         if entries:
-            await self._lines["write"].run(fall, sent=lambda why: Unavailable(f"{self} cannot be reached: {why}"))
+            await self._written.run(fall, sent=lambda why: Unavailable(f"{self} cannot be reached: {why}"))
             self._news.set()
         [(first,)] = await self._rows("SELECT min(due) FROM delayed WHERE prefix = %s", (self.prefix,))
         return 0.5 if first is None else max(0.0, first - self.clock.now())
@@ -484,6 +554,10 @@ class PostgresBroker(LogBroker):
             "DELETE FROM delayed WHERE prefix = %s AND id = %s RETURNING n", (self.prefix, self._text(id))
         )
         return bool(rows)
+
+    async def waiting(self) -> list[Message]:
+        rows = await self._rows("SELECT body FROM delayed WHERE prefix = %s ORDER BY due, n", (self.prefix,))
+        return [unpack_waiting(bytes(body)) for (body,) in rows]
 
 
 def _columns(rows: Iterable[Sequence[Any]]) -> tuple[list[Any], ...]:
@@ -495,7 +569,7 @@ class PostgresReader:
 
     def __init__(self, broker: PostgresBroker) -> None:
         self._broker = broker
-        self._line = _Line(broker, again=True)
+        self._line = _Line(broker, again=True).open()
         self._next: dict[tuple[str, int], tuple[Held, int]] = {}
         self._buffer: list[tuple[Held, int, Message]] = []
 
@@ -554,19 +628,28 @@ class PostgresReader:
 class PostgresHeart:
     """A lease is a row with the time of its end, by the server's clock."""
 
-    def __init__(self, connection: psycopg.Connection[tuple[Any, ...]], prefix: str) -> None:
+    def __init__(self, connection: psycopg.Connection[tuple[Any, ...]], prefix: str, patience: float) -> None:
         self._connection = connection
         self._prefix = prefix + "/"
+        self._patience = patience
 
     def beat(self, name: str, value: bytes, lease: float) -> None:
-        self._connection.execute(
+        self._execute(
             "INSERT INTO lease VALUES (%s, %s, clock_timestamp() + make_interval(secs => %s)) "
             "ON CONFLICT (name) DO UPDATE SET value = excluded.value, until = excluded.until",
             (self._prefix + name, value, lease),
         )
 
     def end(self, name: str) -> None:
-        self._connection.execute("DELETE FROM lease WHERE name = %s", (self._prefix + name,))
+        self._execute("DELETE FROM lease WHERE name = %s", (self._prefix + name,))
+
+    def _execute(self, query: str, values: Sequence[Any]) -> None:
+        watch = threading.Timer(self._patience, _cut, [self._connection])
+        watch.start()
+        try:
+            self._connection.execute(query, values)
+        finally:
+            watch.cancel()
 
     def close(self) -> None:
         self._connection.close()
