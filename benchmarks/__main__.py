@@ -10,7 +10,8 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from benchmarks import measure
+from benchmarks import flow, measure
+from benchmarks.flow_raw import RAW
 from benchmarks.measure import Bar, Row
 
 ROWS = {
@@ -27,14 +28,17 @@ ROWS = {
     "postgresql": "benchmarks.postgresql",
     "nats": "benchmarks.nats",
     "nats-unsynced": "benchmarks.nats_unsynced",
-}
+} | {f"flow-{name}": "" for name in RAW}
 
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks", description="Measure Stentor beside its peers; exit code 1 when a bar falls short."
     )
-    parser.add_argument("names", nargs="+", metavar="NAME", choices=[*ROWS, "all"], help=f"all, {', '.join(ROWS)}")
+    parser.add_argument(
+        "names", nargs="+", metavar="NAME", choices=[*ROWS, "flow", "all"],
+        help=f"all, {', '.join(ROWS)}; `flow`, or `flow redis kafka`: the rows flow-*",
+    )  # fmt: skip
     parser.add_argument("--rounds", type=int, default=5, help="how often each case runs (default 5)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results there too")
     parser.add_argument("--only", action="append", metavar="TEXT", help="only the cases whose name contains TEXT")
@@ -42,6 +46,20 @@ def arguments() -> argparse.Namespace:
         "--dir", type=Path, default=Path("build/bench"), help="where files go: a real disk (default build/bench)"
     )
     return parser.parse_args()
+
+
+def rows(names: list[str]) -> list[str]:
+    """The rows meant: after ``flow`` come brokers, all of them if none is named."""
+    if names[0] == "flow":
+        return [f"flow-{name}" for name in names[1:] or RAW]
+    return list(ROWS if "all" in names else dict.fromkeys(names))
+
+
+def find(name: str) -> Row:
+    if name.startswith("flow-"):
+        return flow.row(name.removeprefix("flow-"))
+    row: Row = importlib.import_module(ROWS[name]).ROW
+    return row
 
 
 def chosen(row: Row, only: list[str] | None) -> Row:
@@ -62,8 +80,8 @@ def main() -> int:
     )
     report = []
     verdicts: list[tuple[str, Bar]] = []
-    for name in ROWS if "all" in options.names else dict.fromkeys(options.names):
-        row = chosen(importlib.import_module(ROWS[name]).ROW, options.only)
+    for name in rows(options.names):
+        row = chosen(find(name), options.only)
         folder = options.dir / name
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
