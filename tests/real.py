@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import servers
+from stentor.connect import _BUILT_IN
 
 _count = itertools.count()
 _run = secrets.token_hex(3)
@@ -41,3 +42,23 @@ def fresh(url: str, **options: object) -> str:
     """A URL with a namespace that nobody used before, and further options."""
     given = {"namespace": f"t{_run}{os.getpid():x}{next(_count)}", **options}
     return url + ("&" if "?" in url else "?") + "&".join(f"{name}={value}" for name, value in given.items())
+
+
+def brokers() -> list[str]:
+    """The kinds of real servers that a broker exists for, by the name of the server."""
+    return [name for name, scheme in _SCHEMES.items() if scheme in _BUILT_IN]
+
+
+_SCHEMES = {
+    "redis": "redis", "postgresql": "postgresql", "rocketmq": "rocketmq", "kafka": "kafka", "nats": "nats",
+    "rabbitmq": "amqp",
+}  # fmt: skip
+
+
+def url_of(kind: str, path: Path, factory: pytest.TempPathFactory) -> str:
+    """The URL of an empty broker: memory, sqlite (in a file at ``path``), or a namespace of a real server."""
+    if kind == "memory":
+        return "memory://"
+    if kind == "sqlite":
+        return f"sqlite:///{path}"
+    return fresh(server_url(kind, factory), lease=2, beat=0.5, partitions=4)

@@ -1,0 +1,3 @@
+from examples.shop.main import main
+
+raise SystemExit(main())
