@@ -7,7 +7,6 @@ import logging
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
 from urllib.parse import quote
 
 import pytest
@@ -18,11 +17,10 @@ from stentor import App, Event
 from stentor.brokers.redis import RedisBroker
 from stentor.connect import connect
 from stentor.errors import AuthenticationFailed, ConfigError, StorageFull, Unavailable
+from stentor.event import Topic
+from stentor.message import Message
 from tests.faults import Proxy, ServerFaults
 from tests.real import fresh, server_url
-
-if TYPE_CHECKING:
-    from stentor.testing.conformance.stage import Stage
 
 pytestmark = [pytest.mark.server, pytest.mark.slow]
 
@@ -30,10 +28,6 @@ pytestmark = [pytest.mark.server, pytest.mark.slow]
 class TestRedisServer(ServerFaults):
     name = "redis"
     options = {"lease": 1, "beat": 0.25}  # noqa: RUF012
-
-    @pytest.mark.xfail(reason="an id made by Stentor is not remembered: its repetition is stored", strict=True)
-    async def test_r01_a_lost_confirmation(self, stage: Stage, proxy: Proxy) -> None:
-        await super().test_r01_a_lost_confirmation(stage, proxy)
 
 
 class Noted(Event, topic="notes", key="about", type="test.noted"):
@@ -187,3 +181,30 @@ class TestRoom:
                         woken.clear()
                         await woken.wait()
         assert seen == ["0", "1", "2"]
+
+    async def test_a_batch_whose_answer_is_lost(self, server: Redis) -> None:
+        """It is sent again by itself: stored once, its receipt is that of an event which is no duplicate."""
+        with Proxy(server.port) as proxy:
+            way = server.url.replace(f":{server.port}", f":{proxy.port}") + "?lease=1&beat=0.25"
+            async with opened(server.url) as seeing, opened(way) as broker:
+
+                async def stored() -> list[str]:
+                    return [message.id async for _, message in seeing.browse("notes", "earliest", follow=False)]
+
+                async def both() -> bool:
+                    return await stored() == ["1", "2"]
+
+                def fresh_one(id: str) -> Message:
+                    return Message(id=id, source="s", type="t", topic="notes", data=b"{}", fresh=True)
+
+                await broker.declare([Topic("notes")], [])
+                await broker.publish([fresh_one("1")])
+                proxy.blackhole("replies")
+                lost = asyncio.create_task(broker.publish([fresh_one("2")]))
+                async with asyncio.timeout(20):
+                    while not await both():
+                        await asyncio.sleep(0.01)
+                proxy.heal()
+                [receipt] = await lost
+                assert (receipt.id, receipt.duplicate) == ("2", False)
+                assert await both()

@@ -32,7 +32,7 @@ from stentor.errors import (
     Unavailable,
     UnknownTopic,
 )
-from stentor.message import Message
+from stentor.message import Message, new_id
 
 WINDOW = 7 * 86400
 """Seconds for which a source and id are remembered."""
@@ -76,12 +76,20 @@ local function count()
   end
 end
 """
+# A process numbers its batches: a repeated one is answered as it was, a late one refused. ``lost``, by number: the ids
+# of batches of unknown fate; those of the one that turns out to be stored are remembered as if they had been given.
 # Entries come as one list of heads (topic, partition, identity, due), then a body each: fewer words cost less.
 _APPEND = (
     _STORE
     + """
-local found = store_all(ARGV[1], 2)
+local now, who, number, lost = ARGV[1], 'P:batch:' .. ARGV[2], tonumber(ARGV[3]), cmsgpack.unpack(ARGV[4])
+local last = cmsgpack.unpack(redis.call('GET', who) or cmsgpack.pack({0, {}}))
+if last[1] == number then return last[2] end
+if last[1] > number then return redis.error_reply('ERR a later batch is stored already') end
+for _, id in ipairs(lost[last[1]] or {}) do redis.call('SET', 'P:seen:' .. id, '1', 'EX', WINDOW) end
+local found = store_all(now, 5)
 count()
+redis.call('SET', who, cmsgpack.pack({number, found}), 'EX', 86400)
 return found
 """
 )
@@ -192,6 +200,9 @@ class RedisBroker(LogBroker):
             name="redis", durable=durable, shared=True, atomic=True, dedupe=True, replay=True, cancel=True, browse=True
         )
         self._scripts: dict[str, str] = {}
+        self._name = new_id()
+        self._batch = 0
+        self._lost: dict[int, list[str]] = {}
         self._redis: aio.Redis | None = None
 
     # ---- life -------------------------------------------------------------------------------------------------------
@@ -296,21 +307,36 @@ class RedisBroker(LogBroker):
         heads: list[str | float] = []
         found: list[Any] = [b""]
         for topic, index, body, message, due in entries:
-            heads += (topic, index, "" if message.fresh else f"{message.source}\0{message.id}", due)
+            heads += (topic, index, "" if message.fresh else _identity(message), due)
             found.append(pack_delayed(message) if due else body)
         found[0] = encode(heads)
         return found if entries else []
 
     async def append(self, entries: Sequence[Entry]) -> Sequence[int | StentorError]:
+        self._batch += 1
+        arguments = repr(self.clock.now()), self._name, self._batch, encode(self._lost), *self._arguments(entries)
         try:
-            found = await self._run(_APPEND, (), repr(self.clock.now()), *self._arguments(entries))
-        except Unavailable as error:
-            if " connecting to " in str(error):
-                raise  # nothing was sent
-            raise PublishUnknown([entry.message.id for entry in entries], str(error)) from None
+            found = await self._sent(arguments)
+        except PublishUnknown as error:
+            self._lost[self._batch] = [_identity(e.message) for e in entries if e.message.fresh]
+            raise PublishUnknown([entry.message.id for entry in entries], error.why) from None
         if isinstance(found, Exception):
             return [_error(found, self)] * len(entries)
+        self._lost.clear()
         return [DUPLICATE if number == -1 else number for number in found]
+
+    async def _sent(self, batch: Sequence[Any]) -> Any:
+        """The answer to a batch, which is sent again, once, when its answer is lost."""
+        lost = ""
+        while True:
+            try:
+                return await self._run(_APPEND, (), *batch)
+            except Unavailable as error:
+                if not lost and " connecting to " in str(error):
+                    raise  # nothing was sent
+                if lost:
+                    raise PublishUnknown([], lost) from None
+                lost = str(error)
 
     def reader(self) -> RedisReader:
         return RedisReader(self)
@@ -439,6 +465,10 @@ class RedisBroker(LogBroker):
         rows = await self._ask("HGETALL", f"{self._root}:delayed")
         bodies = rows.values() if isinstance(rows, dict) else rows[1::2]
         return sorted(map(unpack_waiting, bodies), key=lambda message: message.due)
+
+
+def _identity(message: Message) -> str:
+    return f"{message.source}\0{message.id}"
 
 
 def _offset(id: bytes) -> int:
