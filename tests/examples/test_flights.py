@@ -20,6 +20,7 @@ from examples.flights.figures import Figures
 from examples.flights.main import main
 from examples.flights.record import NoRecord, Timeline, find_record
 from examples.flights.results import Results
+from tests.real import brokers, url_of
 
 ROOT = Path(__file__).parents[2]
 HEADER = """year,month,day,dep_time,sched_dep_time,dep_delay,arr_time,sched_arr_time,arr_delay,carrier,flight,tailnum,
@@ -134,10 +135,16 @@ def figures(folder: Path) -> Figures:
         results.close()
 
 
-@pytest.mark.parametrize("broker", ["memory", "sqlite"])
-def test_the_figures_of_a_made_record(tmp_path: Path, broker: str, capfd: pytest.CaptureFixture[str]) -> None:
+SERVERS = [pytest.param(name, marks=[pytest.mark.server, pytest.mark.slow]) for name in brokers()]
+
+
+@pytest.mark.parametrize("broker", ["memory", "sqlite", *SERVERS])
+def test_the_figures_of_a_made_record(
+    tmp_path: Path, broker: str, capfd: pytest.CaptureFixture[str], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """The program is the same on every broker: the URL alone says which."""
     record = write_record(tmp_path / "record", made_year(400))
-    more = ["--broker", "memory://"] if broker == "memory" else []
+    more = [] if broker == "sqlite" else ["--broker", url_of(broker, tmp_path, tmp_path_factory)]
     assert main(["--data", str(record), "--folder", str(tmp_path / "run"), *more]) == 0
     assert "All figures are those of the plain pass." in capfd.readouterr().out
     check(figures(tmp_path / "run"), record)
@@ -223,6 +230,22 @@ def full_record() -> Path:
         if os.environ.get("CI"):
             raise
         pytest.skip(str(missing))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("broker", ["sqlite", *SERVERS])
+def test_kill_9_on_every_broker(tmp_path: Path, broker: str, tmp_path_factory: pytest.TempPathFactory) -> None:
+    record = write_record(tmp_path / "record", made_year(4000))
+    run = subprocess.run(
+        [
+            *(sys.executable, "-m", "examples.flights", "--kill", "--folder", tmp_path / "run", "--data", record),
+            *("--broker", url_of(broker, tmp_path / "flights.db", tmp_path_factory)),
+        ],
+        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stdout
+    assert "Killed it (SIGKILL)" in run.stdout
+    check(figures(tmp_path / "run"), record)
 
 
 @pytest.mark.slow

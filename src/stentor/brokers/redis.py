@@ -34,6 +34,8 @@ from stentor.errors import (
 )
 from stentor.message import Message, new_id
 
+CONNECTIONS = 64
+"""Commands that are under way at once."""
 WINDOW = 7 * 86400
 """Seconds for which a source and id are remembered."""
 FALL = 500
@@ -204,6 +206,7 @@ class RedisBroker(LogBroker):
         self._batch = 0
         self._lost: dict[int, list[str]] = {}
         self._redis: aio.Redis | None = None
+        self._turns = asyncio.Semaphore(CONNECTIONS)
 
     # ---- life -------------------------------------------------------------------------------------------------------
 
@@ -225,7 +228,7 @@ class RedisBroker(LogBroker):
     def client(self) -> aio.Redis:
         """A client of its own, with further connections."""
         # A connection that is half open shows by silence alone: no command takes longer than a read may block.
-        made = aio.Redis(**self._options, socket_timeout=max(2.0, self.lease / 2), max_connections=64)
+        made = aio.Redis(**self._options, socket_timeout=max(2.0, self.lease / 2), max_connections=CONNECTIONS)
         made.response_callbacks.clear()  # answers as Redis gives them: quicker, and the same for every command
         return made
 
@@ -252,9 +255,14 @@ class RedisBroker(LogBroker):
                 return f"{name} is {settings[name]}, so that events can be lost; set it to {wanted}"
         return ""
 
+    async def _turn(self, call: Awaitable[Any]) -> Any:
+        """Wait for a connection: the client's pool raises an error where none is left."""
+        async with self._turns:
+            return await call
+
     async def _ask(self, *command: Any) -> Any:
         try:
-            return await _whole(self.native.execute_command(*command))  # type: ignore[no-untyped-call]
+            return await _whole(self._turn(self.native.execute_command(*command)))  # type: ignore[no-untyped-call]
         except (client.RedisError, OSError) as error:
             raise _error(error, self) from None
 
@@ -266,7 +274,7 @@ class RedisBroker(LogBroker):
         for command in commands:
             pipe.execute_command(*command)
         try:
-            found: list[Any] = await _whole(pipe.execute(raise_on_error=False))
+            found: list[Any] = await _whole(self._turn(pipe.execute(raise_on_error=False)))
         except (client.RedisError, OSError) as error:
             raise _error(error, self) from None
         return found
