@@ -49,6 +49,8 @@ class Kafka(Server):
         self._controllers = [free_port() for _ in range(self.count)]
         self._insiders = [free_port() for _ in range(self.count)]
         self._nodes: dict[int, subprocess.Popen[bytes]] = {}
+        self.behind, self.front = free_port(), free_port()
+        """A port of the first node, and the one that clients who came by it are sent to: for a proxy between them."""
 
     @classmethod
     def install(cls) -> None:
@@ -135,7 +137,7 @@ class Kafka(Server):
             "controller.quorum.voters": voters,
             "controller.listener.names": "CONTROLLER",
             "inter.broker.listener.name": "INSIDE",
-            "listener.security.protocol.map": f"CONTROLLER:PLAINTEXT,INSIDE:PLAINTEXT,CLIENTS:{kind}",
+            "listener.security.protocol.map": f"CONTROLLER:PLAINTEXT,INSIDE:PLAINTEXT,BEHIND:PLAINTEXT,CLIENTS:{kind}",
             "listeners": f"CLIENTS://127.0.0.1:{self.ports[node]},INSIDE://127.0.0.1:{self._insiders[node]},"
             f"CONTROLLER://127.0.0.1:{self._controllers[node]}",
             "log.dirs": self.folder / f"data{node}",
@@ -151,7 +153,12 @@ class Kafka(Server):
             "group.min.session.timeout.ms": 500,
         }
         if self.count == 1:
-            found["log.flush.interval.messages"] = 1
+            found |= {
+                "log.flush.interval.messages": 1,
+                "listeners": f"{found['listeners']},BEHIND://127.0.0.1:{self.behind}",
+                "advertised.listeners": f"CLIENTS://127.0.0.1:{self.ports[0]},INSIDE://127.0.0.1:{self._insiders[0]},"
+                f"BEHIND://127.0.0.1:{self.front}",
+            }
         else:
             # A dead node is noticed in seconds, as the tests do not wait for minutes.
             found |= {"broker.session.timeout.ms": 3000, "broker.heartbeat.interval.ms": 500}

@@ -53,7 +53,7 @@ LIBRARIES = {  # who may import which library, by module or folder; a broker's c
     "pytest": {"testing", "cli.new"},
     "psutil": {"testing"},
     "matplotlib": {"capacity.plot"},
-    "confluent_kafka": {"brokers.kafka"},
+    "confluent_kafka": {"brokers.kafka", "brokers.kafka_client"},
     "nats": {"brokers.nats"},
     "psycopg": {"brokers.postgresql"},
     "pika": {"brokers.rabbitmq"},

@@ -79,6 +79,7 @@ def _hide(text: str) -> str:
 _BUILT_IN = {
     "memory": ("stentor.brokers.memory:MemoryBroker", ""),
     "sqlite": ("stentor.brokers.sqlite:SqliteBroker", ""),
+    "kafka": ("stentor.brokers.kafka:KafkaBroker", "kafka"),
     "postgresql": ("stentor.brokers.postgresql:PostgresBroker", "postgresql"),
     "redis": ("stentor.brokers.redis:RedisBroker", "redis"),
     "rediss": ("stentor.brokers.redis:RedisBroker", "redis"),

@@ -305,6 +305,7 @@ class LogConsumer:
             if change or partition in entries:
                 written.append(held)
                 writes.append(Write(held.space, ("!owner", held.fence), change, entries.get(partition, ())))
+        stood: set[Partition] = set()
         if writes:
             try:
                 stands = await self.broker.write(writes)
@@ -312,14 +313,13 @@ class LogConsumer:
                 for held in written:
                     held.track.moved = True
                 raise
-            lost = [held for held, ok in zip(written, stands, strict=True) if not ok]
+            stood = {held.partition for held, ok in zip(written, stands, strict=True) if ok}
+            lost = [held for held in written if held.partition not in stood]
             self.lose([held for held in lost if held.partition in self.held])
-            touched -= {held.partition for held in lost}
-            touched &= {held.partition for held in written} | self.held.keys()
         failures += [
             Failure(settlement, LeaseLost(f"{settlement.partition!r} was taken over"))
             for settlement in settlements
-            if settlement.partition not in touched
+            if settlement.partition not in stood and settlement.partition not in self.held
         ]
 
     # ---- the journal ------------------------------------------------------------------------------------------------
@@ -330,7 +330,7 @@ class LogConsumer:
 
     async def read(self, partition: Partition, names: Sequence[str]) -> dict[str, bytes]:
         space = self._held(partition).space
-        values = await self.broker.get([(space, name) for name in names])
+        values = await self.broker.peek([(space, name) for name in names])
         return {name: value for name, value in zip(names, values, strict=True) if value is not None}
 
     def _held(self, partition: Partition) -> Held:

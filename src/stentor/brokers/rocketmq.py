@@ -390,6 +390,9 @@ class RocketMQBroker(LogBroker):
 
     async def get(self, wanted: Sequence[tuple[str, str]]) -> list[bytes | None]:
         await self.spaces.sync()
+        return await self.peek(wanted)
+
+    async def peek(self, wanted: Sequence[tuple[str, str]]) -> list[bytes | None]:
         return [self.spaces.get(space, name) for space, name in wanted]
 
     async def write(self, writes: Sequence[Write]) -> list[bool]:

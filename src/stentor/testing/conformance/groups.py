@@ -267,7 +267,7 @@ class Backpressure(Scene):
             )
             assert held <= 2048
             stuck.set()
-            await stage.settled("shop.work")
+            await stage.settled("shop.work", patience=3 * PATIENCE)  # each of thousands records its start
         assert [name for name in done if name.startswith("stuck")] == [f"stuck{n}" for n in range(4000)]
 
     async def test_r09_large_bodies(self, stage: Stage) -> None:

@@ -47,6 +47,16 @@ class Ledger:
         entries = [_decode(line) for line in lines]
         return entries if what is None else [entry for entry in entries if entry.what == what]
 
+    def around(self, event: tuple[str, int], lines: int = 60) -> str:
+        """What was written of the event's key before its first end, and of processes that went, one line each."""
+        told: list[str] = []
+        for entry in self.read():
+            if entry.what == "gone" or entry.key == event[0]:
+                told.append(f"{entry.who} {entry.what} {entry.key} {entry.n} attempt {entry.attempt}")
+            if entry.what == "end" and (entry.key, entry.n) == event:
+                break
+        return "\n".join(told[-lines:])
+
     def audit(self, published: Iterable[tuple[str, int]], given_up: Collection[tuple[str, int]] = ()) -> Audit:
         """Compare what was handled with what was published (keys and numbers, in order)."""
         return audit(self.read(), published, given_up)

@@ -124,7 +124,10 @@ class Soak(FleetScene):
             f"{audit.duplicates} duplicates, faults {storm.faults}, {len(entries)} entries\n"
         )
         assert audit.lost == []
-        assert [event for event in audit.disorder if event not in dead] == []
+        disorder = [event for event in audit.disorder if event not in dead]
+        for event in disorder[:1]:
+            sys.stdout.write(f"around {event}:\n{fleet.ledger.around(event)}\n")
+        assert disorder == []
         assert audit.overlaps == []
         made = await fleet.stage.browse("made")
         assert {(m.key, number(m.data)) for m in made} >= {event for event in fleet.published if event not in dead}

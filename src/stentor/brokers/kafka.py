@@ -1,0 +1,636 @@
+"""The Kafka broker: a Kafka topic for each topic, spaces and leases in topics of one partition.
+
+The client library works in threads of its own and is asked from threads of ours: a ``Sender`` produces and hears of
+deliveries, a ``Feed`` reads partitions, a ``Looker`` reads a few messages at once. Nothing here joins a Kafka
+consumer group: see ``docs/decisions`` for why.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import threading
+import time
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from concurrent.futures import Future
+from typing import Any
+
+import msgspec
+from confluent_kafka import KafkaError, KafkaException, Producer, TopicPartition
+from confluent_kafka.admin import AdminClient, ConfigResource, NewTopic, OffsetSpec, ResourceType  # type: ignore[attr-defined]
+
+from stentor.broker import Features
+from stentor.brokers.kafka_client import ASK_PATIENCE, Feed, Looker, Sender
+from stentor.brokers.log import LogBroker
+from stentor.brokers.logstore import Dropped, LogStore
+from stentor.brokers.storage import Entry, Held, Stored, Write
+from stentor.brokers.wire import CONTENT_TYPE, unpack
+from stentor.clock import Clock
+from stentor.connect import BrokerUrl
+from stentor.errors import (
+    AuthenticationFailed,
+    BrokerError,
+    ConfigError,
+    PublishUnknown,
+    StentorError,
+    StorageFull,
+    TooLarge,
+    Unavailable,
+    UnknownTopic,
+)
+from stentor.message import Message
+
+OPEN_PATIENCE = 5.0
+LEASES_KEPT = 3600.0
+
+log = logging.getLogger("stentor.broker")
+
+_lease = msgspec.msgpack.Decoder(tuple[str, bytes, float])
+_EARLIEST, _LATEST = OffsetSpec.earliest(), OffsetSpec.latest()  # type: ignore[no-untyped-call]
+_HEADERS = [("content-type", CONTENT_TYPE.encode())]
+
+_GONE = {KafkaError.UNKNOWN_TOPIC_OR_PART, KafkaError._UNKNOWN_TOPIC, KafkaError._UNKNOWN_PARTITION}
+_REFUSED = {
+    KafkaError._AUTHENTICATION, KafkaError._SSL, KafkaError.SASL_AUTHENTICATION_FAILED,
+    KafkaError.UNSUPPORTED_SASL_MECHANISM, KafkaError.ILLEGAL_SASL_STATE,
+}  # fmt: skip
+_FORBIDDEN = {
+    KafkaError.TOPIC_AUTHORIZATION_FAILED, KafkaError.CLUSTER_AUTHORIZATION_FAILED,
+    KafkaError.GROUP_AUTHORIZATION_FAILED,
+}  # fmt: skip
+_MOVING = {
+    KafkaError.NOT_LEADER_FOR_PARTITION, KafkaError.LEADER_NOT_AVAILABLE, KafkaError.FENCED_LEADER_EPOCH,
+    KafkaError.UNKNOWN_LEADER_EPOCH, KafkaError.OFFSET_NOT_AVAILABLE,
+}  # fmt: skip
+_NOT_SENT = {KafkaError._PURGE_QUEUE, KafkaError.NOT_ENOUGH_REPLICAS}
+
+
+class _Moving(Unavailable):
+    """The partition is just getting a leader."""
+
+
+def _line(error: KafkaError) -> str:
+    return " ".join(error.str().split())
+
+
+def _failure(broker: object, error: KafkaError) -> StentorError:
+    """What a refusal of the server means."""
+    code, text = error.code(), f"{broker}: {_line(error)}"
+    if code in _GONE:
+        return UnknownTopic(text)
+    if code in _REFUSED:
+        return AuthenticationFailed(text)
+    if code == KafkaError.MSG_SIZE_TOO_LARGE:
+        return TooLarge(text)
+    if code == KafkaError.KAFKA_STORAGE_ERROR:
+        return StorageFull(text)
+    if code in _FORBIDDEN:
+        return BrokerError(text)
+    return (_Moving if code in _MOVING else Unavailable)(text)
+
+
+def _number(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise ValueError("at least 1")
+    return number
+
+
+class KafkaBroker(LogBroker):
+    """``kafka://[user:password@]host[:9092][,another]``. Kafka 3.9 or newer.
+
+    Options: those of ``LogBroker``, ``tls=1``, ``ca``, ``cert``, ``key`` (files; TLS always verifies the server),
+    ``sasl`` (the mechanism for user and password, default SCRAM-SHA-512), ``replicas`` (of the topics that this program
+    makes, default: the server's ``default.replication.factor``) and ``flush`` (1: the server writes each event to its
+    disk before it confirms; default: where there are fewer than three replicas).
+    """
+
+    def __init__(self, url: BrokerUrl, clock: Clock) -> None:
+        super().__init__(url, clock)
+        tls = url.option("tls", "") not in ("", "0")
+        ca, cert, key = (url.option(name, "") for name in ("ca", "cert", "key"))
+        self._sasl = url.option("sasl", "SCRAM-SHA-512")
+        self._replicas = url.option("replicas", 0, _number)
+        self._flush_each = url.option("flush", -1, int)
+        self._settings: dict[str, Any] = {
+            "bootstrap.servers": url.host, "client.id": "stentor", "log_level": 2, "reconnect.backoff.ms": 50,
+            "reconnect.backoff.max.ms": 1000, "socket.timeout.ms": 10_000, "socket.keepalive.enable": True,
+            "socket.nagle.disable": True, "topic.metadata.refresh.fast.interval.ms": 20,
+            "security.protocol": ("SASL_" if url.user else "") + ("SSL" if tls else "PLAINTEXT"),
+        }  # fmt: skip
+        if url.user:
+            self._settings |= {
+                "sasl.mechanism": self._sasl, "sasl.username": url.user, "sasl.password": url.password or "",
+            }  # fmt: skip
+        if tls:
+            named = {"ssl.ca.location": ca, "ssl.certificate.location": cert, "ssl.key.location": key}
+            self._settings |= {name: value for name, value in named.items() if value}
+        self.features = Features(
+            name="kafka", durable="host", shared=True, atomic=False, dedupe=False, replay=True, cancel=True, browse=True
+        )
+        self._largest = self.features.max_bytes + 64 * 1024
+        self._data: Sender | None = None
+        self._state: Sender | None = None
+        self._admin: AdminClient | None = None
+        self._looker: Looker | None = None
+        self._store: LogStore | None = None
+        self._trouble: KafkaError | None = None
+        self._trimmed: dict[tuple[str, int], int] = {}
+        self._leases_feed: Feed | None = None
+        self._leases: dict[str, tuple[bytes, float]] = {}
+        self._leases_read = 0
+        self._leases_seen = 0.0
+        self._leases_lock = asyncio.Lock()
+        self.beaten = -1
+        """The offset of the last beat that was confirmed."""
+
+    # ---- life -------------------------------------------------------------------------------------------------------
+
+    @property
+    def native(self) -> Producer:
+        """The producer of the confluent-kafka library that events are published with."""
+        return self.data.producer
+
+    @property
+    def lease_topic(self) -> str:
+        return f"{self.prefix}stentor.leases"
+
+    @property
+    def data(self) -> Sender:
+        if self._data is None:
+            raise Unavailable(f"{self} is not open")
+        return self._data
+
+    @property
+    def state(self) -> Sender:
+        """The sender of what the groups remember, so that it does not wait behind events."""
+        if self._state is None:
+            raise Unavailable(f"{self} is not open")
+        return self._state
+
+    async def connect(self) -> None:
+        try:
+            self._admin = AdminClient({**self._settings, "error_cb": self._failed})  # type: ignore[dict-item]
+            await self._reach()
+            await self._learn()
+            self._looker = Looker(self._settings)
+            self._data = Sender(self._settings, 1, self._largest)
+            self._state = Sender(self._settings, 0, self._largest)
+            await self.make(self.lease_topic, keep=LEASES_KEPT)
+            self._store = LogStore(_Generations(self))
+            await self._store.open()
+        except BaseException:
+            await self.disconnect()
+            raise
+
+    async def disconnect(self) -> None:
+        if self._store is not None:
+            await self._store.close()
+            self._store = None
+        if self._leases_feed is not None:
+            await self._leases_feed.close()
+            self._leases_feed = None
+        for part in (self._data, self._state, self._looker):
+            if part is not None:
+                await asyncio.to_thread(part.close)
+        self._data = self._state = self._looker = self._admin = None
+
+    def _failed(self, error: KafkaError) -> None:
+        if self._trouble is None or self._trouble.code() not in _REFUSED:
+            self._trouble = error
+
+    async def _reach(self) -> None:
+        """Until the server answers, or says that it will not. Raises AuthenticationFailed or Unavailable."""
+        deadline = time.monotonic() + OPEN_PATIENCE
+        self._trouble = None
+        while True:
+            try:
+                await self._metadata(0.5)
+                return
+            except Unavailable as error:
+                trouble = self._trouble
+                if trouble is not None and trouble.code() in _REFUSED:
+                    raise _failure(self, trouble) from None
+                if time.monotonic() > deadline:
+                    why = f": {_line(trouble)}" if trouble is not None else ""
+                    raise Unavailable(f"{self} cannot be reached{why}") from error
+
+    async def _metadata(self, patience: float, topic: str | None = None) -> Any:
+        admin = self._asked()
+
+        def ask() -> Any:
+            try:
+                return admin.list_topics(topic, timeout=patience) if topic else admin.list_topics(timeout=patience)
+            finally:
+                admin.poll(0)  # errors of the connection are told here
+
+        try:
+            return await asyncio.to_thread(ask)
+        except KafkaException as error:
+            raise _failure(self, error.args[0]) from None
+
+    def _asked(self) -> AdminClient:
+        if self._admin is None:
+            raise Unavailable(f"{self} is not open")
+        return self._admin
+
+    async def _learn(self) -> None:
+        """What a confirmed event survives here, by the server's settings."""
+        found: dict[str, str] = {}
+        with contextlib.suppress(BrokerError):  # one may not be allowed to ask
+            node = next(iter((await self._metadata(ASK_PATIENCE)).brokers))
+            resource = ConfigResource(ResourceType.BROKER, str(node))
+            answer = await self._answer(self._asked().describe_configs([resource], request_timeout=ASK_PATIENCE))
+            found = {name: entry.value for name, entry in next(iter(answer.values())).items()}
+        self._replicas = self._replicas or int(found.get("default.replication.factor") or 1)
+        if self._flush_each < 0:
+            self._flush_each = 0 if self._replicas >= 3 else 1
+        durable: Any = "replica" if self._replicas >= 3 else "host" if self._flush_each else "process"
+        self.features = msgspec.structs.replace(self.features, durable=durable)
+
+    async def _answer(self, asked: Mapping[Any, Future[Any]]) -> dict[Any, Any]:
+        """What the server answers to each of several questions; the first refusal is raised."""
+        futures = [asyncio.wrap_future(future) for future in asked.values()]
+        try:
+            answers = await asyncio.gather(*futures)
+        except KafkaException as error:
+            await asyncio.gather(*futures, return_exceptions=True)
+            raise _failure(self, error.args[0]) from None
+        return dict(zip(asked, answers, strict=True))
+
+    async def ping(self) -> None:
+        try:
+            found = (await self._metadata(3.0, self.lease_topic)).topics[self.lease_topic]
+        except Unavailable:
+            why = f": {_line(self._trouble)}" if self._trouble is not None else ""
+            raise Unavailable(f"{self} does not answer{why}") from None
+        if found.error is not None:
+            raise _failure(self, found.error)
+        for part in found.partitions.values():
+            if part.leader < 0:
+                raise Unavailable(f"{self}: a partition has no leader now, too many nodes are down")
+            if len(part.replicas) >= 3 and len(part.isrs) < 2:
+                raise Unavailable(
+                    f"{self}: {len(part.isrs)} of {len(part.replicas)} replicas are in step, 2 are needed"
+                )
+
+    # ---- data -------------------------------------------------------------------------------------------------------
+
+    async def make_topic(self, topic: str, partitions: int) -> None:
+        await self.make(topic, partitions)
+
+    async def make(self, topic: str, partitions: int = 1, keep: float = -1, *, fewer: bool = False) -> None:
+        """Make a topic that by itself removes nothing, or what is older than ``keep`` seconds.
+
+        With ``fewer``, one replica less will do while a node is down. Raises ConfigError if there is another of its
+        name, or Unavailable.
+        """
+        settings: dict[str, object] = {
+            "retention.ms": -1 if keep < 0 else int(keep * 1000), "retention.bytes": -1, "cleanup.policy": "delete",
+            "max.message.bytes": self._largest, "message.timestamp.type": "LogAppendTime",
+        }  # fmt: skip
+        if self._flush_each:
+            settings["flush.messages"] = 1
+        if self._replicas >= 3:
+            settings["min.insync.replicas"] = 2
+        replicas = self._replicas
+        deadline = time.monotonic() + ASK_PATIENCE
+        while True:
+            config = {name: str(value) for name, value in settings.items()}
+            error = await self._create(NewTopic(topic, partitions, replicas, config=config))
+            # Of a node that has begun to answer and is not ready, or of one that is down.
+            if error is None or error.code() != KafkaError.INVALID_REPLICATION_FACTOR or time.monotonic() > deadline:
+                break
+            replicas = self._replicas - (fewer and replicas == self._replicas >= 3)
+            await asyncio.sleep(0.1)
+        if error is None:
+            return
+        if error.code() == KafkaError.TOPIC_EXCEPTION:
+            raise ConfigError(f"{self}: topic {topic}: {_line(error)}")
+        if error.code() != KafkaError.TOPIC_ALREADY_EXISTS:
+            raise _failure(self, error)
+        found = (await self._metadata(ASK_PATIENCE, topic)).topics[topic]
+        if found.partitions and len(found.partitions) != partitions:
+            count = len(found.partitions)
+            raise ConfigError(
+                f"{self}: topic {topic} has {count} partitions, not {partitions}; write partitions={count} there"
+            )
+
+    async def _create(self, new: NewTopic) -> KafkaError | None:
+        try:
+            [future] = self._asked().create_topics([new], request_timeout=ASK_PATIENCE).values()
+            await asyncio.wrap_future(future)
+        except KafkaException as error:
+            reason: KafkaError = error.args[0]
+            return reason
+        return None
+
+    async def append(self, entries: Sequence[Entry]) -> Sequence[int | StentorError]:
+        sent = [
+            (e.topic, e.partition, e.body, None if e.message.key is None else e.message.key.encode(errors="replace"))
+            for e in entries
+        ]
+        results: list[int | StentorError] = []
+        for entry, result in zip(entries, await self.data.send(sent, _HEADERS), strict=True):
+            results.append(result if isinstance(result, int) else self._unsent(entry, result))
+        return results
+
+    def _unsent(self, entry: Entry, error: KafkaError) -> StentorError:
+        found = _failure(self, error)
+        if isinstance(found, Unavailable) and error.code() not in _NOT_SENT:
+            return PublishUnknown([entry.message.id], _line(error))
+        return found
+
+    def reader(self) -> KafkaReader:
+        return KafkaReader(self)
+
+    async def _offsets(self, topic: str, partitions: Sequence[int], what: OffsetSpec) -> list[int]:
+        asked = {TopicPartition(topic, index): what for index in partitions}
+        for wait in (0.02, 0.1, 0.5, 1.0, 0.0):
+            try:
+                answers = await self._answer(self._asked().list_offsets(asked, request_timeout=ASK_PATIENCE))
+                found = {cell.partition: answer.offset for cell, answer in answers.items()}
+                return [found[index] for index in partitions]
+            except (UnknownTopic, _Moving):
+                if not wait:
+                    raise
+                await asyncio.sleep(wait)  # made just now, it is not known everywhere yet
+        raise AssertionError
+
+    async def bounds(self, topic: str, partitions: Sequence[int]) -> list[tuple[int, int]]:
+        firsts, ends = await asyncio.gather(
+            self._offsets(topic, partitions, _EARLIEST),
+            self._offsets(topic, partitions, _LATEST),
+        )
+        return list(zip(firsts, ends, strict=True))
+
+    async def find(self, topic: str, partitions: Sequence[int], moment: float) -> list[int]:
+        found, ends = await asyncio.gather(
+            self._offsets(topic, partitions, OffsetSpec.for_timestamp(max(0, int(moment * 1000)))),
+            self._offsets(topic, partitions, _LATEST),
+        )
+        return [end if offset < 0 else offset for offset, end in zip(found, ends, strict=True)]
+
+    async def pending(self, places: Sequence[tuple[str, int, int]]) -> list[tuple[int, float | None]]:
+        topics: dict[str, set[int]] = {}
+        for topic, index, _ in places:
+            topics.setdefault(topic, set()).add(index)
+        names = {topic: sorted(indexes) for topic, indexes in topics.items()}
+        bounds = await asyncio.gather(*(self.bounds(topic, indexes) for topic, indexes in names.items()))
+        known = {
+            (topic, index): bound
+            for (topic, indexes), found in zip(names.items(), bounds, strict=True)
+            for index, bound in zip(indexes, found, strict=True)
+        }
+        starts: list[tuple[str, int, int]] = []
+        counts = []
+        for topic, index, offset in places:
+            first, end = known[topic, index]
+            counts.append(max(0, end - max(first, offset)))
+            starts.append((topic, index, max(first, offset)))
+        wanted = list(dict.fromkeys(place for place, count in zip(starts, counts, strict=True) if count))
+        times = await self._times(wanted)
+        return [
+            (count, times.get(place, self.clock.now()) if count else None)
+            for place, count in zip(starts, counts, strict=True)
+        ]
+
+    async def _times(self, places: Sequence[tuple[str, int, int]]) -> dict[tuple[str, int, int], float]:
+        """When the message at each place was stored."""
+        left = list(places)
+        times: dict[tuple[str, int, int], float] = {}
+        while left:
+            turn: dict[tuple[str, int], tuple[str, int, int]] = {}
+            for place in left:
+                turn.setdefault(place[:2], place)  # a look reads a partition at one place only
+            now = list(turn.values())
+            for place, found in zip(now, await self._look(now, 1), strict=True):
+                if found:
+                    times[place] = found[0].timestamp()[1] / 1000
+            left = [place for place in left if place not in now]
+        return times
+
+    async def _look(self, places: Sequence[tuple[str, int, int]], limit: int) -> list[list[Any]]:
+        if self._looker is None:
+            raise Unavailable(f"{self} is not open")
+        try:
+            return await asyncio.to_thread(self._looker.look, places, limit)
+        except KafkaException as error:
+            raise _failure(self, error.args[0]) from None
+        except RuntimeError as error:  # closed
+            raise Unavailable(f"{self}: {error}") from None
+
+    async def page(self, topic: str, index: int, offset: int, limit: int) -> Sequence[Stored]:
+        [(first, end)] = await self.bounds(topic, [index])
+        offset = max(offset, first)
+        if offset >= end:
+            return []
+        [found] = await self._look([(topic, index, offset)], limit)
+        name = topic.removeprefix(self.prefix)
+        return [
+            Stored(m.offset(), m.timestamp()[1] / 1000, unpack(m.value() or b"", name, f"{index}-{m.offset()}"))
+            for m in found
+        ]
+
+    async def trim(self, topic: str, index: int, offset: int) -> None:
+        if self._trimmed.get((topic, index), 0) >= offset:
+            return
+        await self._answer(
+            self._asked().delete_records([TopicPartition(topic, index, offset)], request_timeout=ASK_PATIENCE)
+        )
+        self._trimmed[topic, index] = offset
+
+    # ---- spaces -----------------------------------------------------------------------------------------------------
+
+    @property
+    def spaces(self) -> LogStore:
+        if self._store is None:
+            raise Unavailable(f"{self} is not open")
+        return self._store
+
+    async def names(self, space: str) -> list[str]:
+        await self.spaces.sync()
+        return list(self.spaces.entries(space))
+
+    async def get(self, wanted: Sequence[tuple[str, str]]) -> list[bytes | None]:
+        await self.spaces.sync()
+        return await self.peek(wanted)
+
+    async def peek(self, wanted: Sequence[tuple[str, str]]) -> list[bytes | None]:
+        return [self.spaces.get(space, name) for space, name in wanted]
+
+    async def write(self, writes: Sequence[Write]) -> list[bool]:
+        store = self.spaces
+        return list(await asyncio.gather(*(store.write(one.space, one.changes, one.fence) for one in writes)))
+
+    async def forget(self, spaces: Sequence[str]) -> None:
+        store = self.spaces
+        await store.sync()
+        for space in spaces:
+            if names := list(store.entries(space)):
+                await store.write(space, dict.fromkeys(names))
+
+    # ---- leases -----------------------------------------------------------------------------------------------------
+
+    def heart(self) -> KafkaHeart:
+        return KafkaHeart(self)
+
+    async def leases(self) -> dict[str, bytes]:
+        async with self._leases_lock:
+            [(first, end)] = await self.bounds(self.lease_topic, [0])
+            feed = self._leases_feed
+            if feed is None:
+                # By the server's clock, which may differ from ours by minutes at the worst.
+                [first] = await self.find(self.lease_topic, [0], time.time() - 300 - 3 * self.lease)
+                feed = self._leases_feed = Feed(self._settings)
+                self._leases_read = first
+                feed.seek(self, self.lease_topic, 0, first)
+            end = max(end, self.beaten + 1)
+            deadline = time.monotonic() + ASK_PATIENCE
+            while True:
+                for read in await feed.read(1000, 0.0 if self._leases_read >= end else 0.2):
+                    name, value, length = _lease.decode(read.value)
+                    # By our own clock, from when we hear of it; one found at the beginning may be old by then.
+                    age = max(0.0, time.time() - read.time) if not self._leases_seen else 0.0
+                    self._leases[name] = (value, time.monotonic() + length - min(age, length))
+                    self._leases_read = read.offset + 1
+                if self._leases_read >= end:
+                    break
+                if time.monotonic() > deadline:
+                    raise Unavailable(f"{self}: the leases cannot be read")
+            now = time.monotonic()
+            if self._leases_seen and now - self._leases_seen > self.lease:
+                # We, or the server, stood still: nobody is dead for that.
+                self._leases = {
+                    name: (value, max(end, now + self.lease)) for name, (value, end) in self._leases.items()
+                }
+            self._leases_seen = now
+            self._leases = {name: lease for name, lease in self._leases.items() if lease[1] > now}
+            return {name: value for name, (value, _) in self._leases.items()}
+
+
+class KafkaReader:
+    """The partitions of one member."""
+
+    def __init__(self, broker: KafkaBroker) -> None:
+        self._broker = broker
+        self._feed = Feed(broker._settings)
+
+    def seek(self, held: Held, offset: int) -> None:
+        self._feed.seek(held, held.stored, held.index, offset)
+
+    def drop(self, held: Held) -> None:
+        self._feed.drop(held)
+
+    async def read(self, limit: int, wait: float) -> Sequence[tuple[Held, int, Message]]:
+        found = await self._feed.read(limit, wait)
+        if not found and (trouble := self._feed.trouble) is not None:
+            self._feed.trouble = None
+            raise Unavailable(f"{self._broker}: {_line(trouble)}")
+        prefix = self._broker.prefix
+        return [
+            (held, offset, unpack(value, held.stored.removeprefix(prefix), f"{held.index}-{offset}"))
+            for held, offset, _, value in found
+        ]
+
+    async def close(self) -> None:
+        await self._feed.close()
+
+
+class KafkaHeart:
+    """A lease is a message of a topic that all members read; it ends by itself."""
+
+    def __init__(self, broker: KafkaBroker) -> None:
+        self._broker = broker
+        self._patience = max(1.0, broker.lease / 2)
+
+    def beat(self, name: str, value: bytes, lease: float) -> None:
+        told = threading.Event()
+        found: list[Any] = []
+
+        def report(error: KafkaError | None, message: Any) -> None:
+            found.append(error or message.offset())
+            told.set()
+
+        body = msgspec.msgpack.encode((name, value, lease))
+        if not self._broker.state.produce(report, self._broker.lease_topic, 0, value=body):
+            raise OSError("no room to send the lease")
+        if not told.wait(self._patience) or not isinstance(found[0], int):
+            raise OSError(f"the lease was not taken: {found or 'no answer'}")
+        self._broker.beaten = max(self._broker.beaten, found[0])
+
+    def end(self, name: str) -> None:
+        self.beat(name, b"\x80", 0.0)
+
+    def close(self) -> None:
+        pass
+
+
+class _Generations:
+    """The generations of the store, each a topic; one more topic says which is the newest."""
+
+    def __init__(self, broker: KafkaBroker) -> None:
+        self._broker = broker
+        self._newest = f"{broker.prefix}stentor.state"
+
+    async def open(self, generation: int) -> _Generation:
+        topic = f"{self._newest}.{generation}"
+        await self._broker.make(topic, fewer=True)
+        return _Generation(self._broker, topic)
+
+    async def newest(self) -> int:
+        try:
+            # A topic without leaders is there: only the metadata tell at once that there is none.
+            found = (await self._broker._metadata(ASK_PATIENCE, self._newest)).topics[self._newest]
+            if found.error is not None:
+                raise _failure(self._broker, found.error)
+            [(first, end)] = await self._broker.bounds(self._newest, [0])
+        except UnknownTopic:
+            return 0
+        if end <= first:
+            return 0
+        [messages] = await self._broker._look([(self._newest, 0, max(first, end - 32))], min(32, end - first))
+        return max((int(message.value()) for message in messages), default=0)
+
+    async def point(self, generation: int) -> None:
+        await self._broker.make(self._newest, fewer=True)
+        [result] = await self._broker.state.send([(self._newest, 0, str(generation).encode(), None)])
+        if not isinstance(result, int):
+            raise Unavailable(_line(result))
+
+    async def drop(self, generation: int) -> None:
+        topic = f"{self._newest}.{generation}"
+        with contextlib.suppress(UnknownTopic):
+            await self._broker._answer(self._broker._asked().delete_topics([topic], request_timeout=ASK_PATIENCE))
+
+
+class _Generation:
+    """A topic of one partition."""
+
+    def __init__(self, broker: KafkaBroker, topic: str) -> None:
+        self._broker = broker
+        self._topic = topic
+
+    async def append(self, record: bytes) -> object:
+        [result] = await self._broker.state.send([(self._topic, 0, record, None)])
+        if isinstance(result, int):
+            return result
+        error = _failure(self._broker, result)
+        raise Dropped(str(error)) if isinstance(error, UnknownTopic) else Unavailable(str(error))
+
+    async def tail(self, start: int) -> AsyncGenerator[tuple[int, bytes], None]:
+        feed = Feed(self._broker._settings)
+        feed.seek(self, self._topic, 0, start)
+        try:
+            while True:
+                for read in await feed.read(1000, 5.0):
+                    yield read.offset, read.value
+                if (trouble := feed.trouble) is not None:
+                    feed.trouble = None
+                    if trouble.code() in _GONE:
+                        raise Dropped(_line(trouble))
+                    if trouble.code() == KafkaError._ALL_BROKERS_DOWN:
+                        raise Unavailable(f"{self._broker}: {_line(trouble)}")
+        finally:
+            await feed.close()
