@@ -10,6 +10,7 @@ from collections import defaultdict
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -20,7 +21,7 @@ from stentor.connect import connect
 from stentor.errors import UnknownTopic
 from stentor.event import Topic
 from stentor.message import Message
-from stentor.patterns import member
+from stentor.patterns import handover, member
 from stentor.patterns.compare import compare
 from stentor.patterns.dead_letter import DeadLetters, Filter
 from stentor.patterns.member import MirrorError
@@ -377,3 +378,24 @@ def test_kill_9_on_the_way(kind: str, tmp_path: Path, tmp_path_factory: pytest.T
     assert last.returncode == 0, last.stdout + last.stderr
     assert "the same" in last.stdout
     assert "moved 1 group: x.work" in last.stdout
+
+
+async def test_what_falls_due_while_a_group_is_moved_is_left_to_do(
+    sides: Sides, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, target = sides
+    await source.publish([message_of(1), msgspec.structs.replace(message_of(2), due=time.time() + 0.5)])
+    read = handover._read
+
+    async def wait_and_read(*args: Any) -> Any:
+        standing = await read(*args)
+        await until(lambda: both(source, target))
+        return standing
+
+    async def both(*brokers: Broker) -> bool:
+        return all([len(await browse(broker, "orders")) == 2 for broker in brokers])
+
+    monkeypatch.setattr(handover, "_read", wait_and_read)
+    async with Mirror(source, target) as mirror:
+        await mirror.finish()
+    assert [lag.events for lag in await target.admin.lag() if lag.group == "x.work"] == [2]
