@@ -33,7 +33,11 @@ from tests.real import brokers, url_of
 PAIRS = [("memory", "memory"), ("sqlite", "sqlite")]
 PAIRS += [sides for name in brokers() for sides in (("sqlite", name), (name, "sqlite"))]
 SIDES = [
-    pytest.param(*sides, id="-".join(sides), marks=[] if at < 2 else [pytest.mark.server, pytest.mark.slow])
+    pytest.param(
+        *sides,
+        id="-".join(sides),
+        marks=[[], [pytest.mark.slow]][at] if at < 2 else [pytest.mark.server, pytest.mark.slow],
+    )
     for at, sides in enumerate(PAIRS)
 ]
 TARGETS = [
@@ -399,3 +403,40 @@ async def test_what_falls_due_while_a_group_is_moved_is_left_to_do(
     async with Mirror(source, target) as mirror:
         await mirror.finish()
     assert [lag.events for lag in await target.admin.lag() if lag.group == "x.work"] == [2]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strike", range(5))
+async def test_a_move_that_breaks_off_anywhere_is_continued(strike: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed before, between or after what it writes of a group: the next run leads to the same."""
+    record = Record()
+    async with opened("memory://") as source, opened("memory://") as target:
+        async with make_app(record).running(broker=source) as program:
+            await program.runtime.app.publish([Placed(customer=f"c{n % 5}", number=n) for n in range(50)])
+            await until(lambda: len(record.numbers("flaky")) == 40)
+            await until(lambda: len(record.numbers("strict")) == 40 and len(record.numbers("all")) == 50)
+        record.side = "target"
+        settle, left = handover._settle, itertools.count(strike, -1)
+
+        async def settle_or_die(*args: Any) -> None:
+            if next(left) == 0:
+                raise ZeroDivisionError
+            await settle(*args)
+
+        monkeypatch.setattr(handover, "_settle", settle_or_die)
+        with pytest.raises(ZeroDivisionError):
+            async with Mirror(source, target) as mirror:
+                await mirror.finish()
+        async with Mirror(source, target) as mirror:
+            await mirror.finish()
+        found = await compare(source, target, "stentor.dead.shop.strict")
+        assert (found.same, found.events) == (True, 1)
+        async with make_app(record).running(broker=target):
+            await until(lambda: sorted(record.numbers("flaky")) == [*range(50)])
+            await DeadLetters(target).redrive(Filter())
+            await until(lambda: sorted(record.numbers("strict")) == [*range(50)])
+        assert sorted(record.numbers("all")) == [*range(50)], "nothing of it is handled again"
+        for group in ("flaky", "strict"):
+            for rest in range(5):
+                numbers = [number for number in record.numbers(group) if number % 5 == rest]
+                assert numbers == sorted(numbers), group
