@@ -1,13 +1,14 @@
 """`stentor mirror`: what is moved to another broker is all there, once, in order, and groups go on where they were."""
 
 import asyncio
+import inspect
 import itertools
 import signal
 import subprocess
 import sys
 import time
 from collections import defaultdict
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,6 @@ from stentor.patterns.dead_letter import DeadLetters, Filter
 from stentor.patterns.member import MirrorError
 from stentor.patterns.mirror import CHUNK, Mirror
 from stentor.subscription import Subscription
-from stentor.testing.conformance.stage import until
 from tests.real import brokers, url_of
 
 PAIRS = [("memory", "memory"), ("sqlite", "sqlite")]
@@ -119,6 +119,16 @@ async def pair(
     urls = [url_of(kind, tmp_path / f"{index}.db", factory) for index, kind in enumerate(kinds)]
     async with opened(urls[0]) as source, opened(urls[1]) as target:
         yield source, target
+
+
+async def until(condition: Callable[[], Any]) -> None:
+    """Wait until ``condition()``, or what it awaits to, is true."""
+    async with asyncio.timeout(20):
+        while True:
+            found = condition()
+            if await found if inspect.isawaitable(found) else found:
+                return
+            await asyncio.sleep(0.01)
 
 
 async def browse(broker: Broker, topic: str) -> list[Message]:

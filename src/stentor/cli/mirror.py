@@ -87,7 +87,7 @@ async def _mirror(
 ) -> bool:
     async with opened(source) as old, _target(target) as new:
         for broker in (old, new):
-            if not broker.features.browse and (verify or groups):
+            if not broker.features.browse and (verify or (groups and not follow)):
                 raise Unsupported("browsing", broker.features.name, "say --no-groups, and do not --verify")
         async with Mirror(old, new, topics, groups=groups, name=name) as work:
             saying = asyncio.create_task(_say(work))
