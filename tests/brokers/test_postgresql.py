@@ -13,7 +13,7 @@ from stentor.connect import BrokerUrl, connect
 from stentor.errors import AuthenticationFailed, ConfigError, StentorError, StorageUnusable, Unavailable
 from stentor.event import Topic
 from stentor.message import Message
-from tests.faults import ServerFaults
+from tests.faults import Proxy, ServerFaults
 from tests.real import fresh, server_url
 
 pytestmark = [pytest.mark.server, pytest.mark.slow]
@@ -121,6 +121,37 @@ async def test_a_long_transaction_of_others_stalls_nothing(plain: str) -> None:
     finally:
         await connection.close()
         await broker.close()
+
+
+async def test_a_batch_whose_answer_is_lost(plain: str) -> None:
+    """It is sent again by itself: stored once, its receipt is that of an event which is no duplicate."""
+    port = urlsplit(plain).port
+    assert port is not None
+    with Proxy(port) as proxy:
+        seeing = connect(plain)
+        broker = connect(plain.replace(f":{port}", f":{proxy.port}") + "&lease=1&beat=0.25")
+        await seeing.open()
+        await broker.open()
+
+        async def stored() -> list[str]:
+            return [message.id async for _, message in seeing.browse("t", "earliest", follow=False)]
+
+        try:
+            await broker.declare([Topic("t")], [])
+            first, second = (Message(id=n, source="s", type="x", topic="t", data=b"{}", fresh=True) for n in "12")
+            await broker.publish([first])
+            proxy.blackhole("replies")
+            lost = asyncio.create_task(broker.publish([second]))
+            async with asyncio.timeout(20):
+                while await stored() != ["1", "2"]:
+                    await asyncio.sleep(0.01)
+            proxy.heal()
+            [receipt] = await lost
+            assert (receipt.id, receipt.duplicate) == ("2", False)
+            assert await stored() == ["1", "2"]
+        finally:
+            await broker.close()
+            await seeing.close()
 
 
 class Recorded(PostgresBroker):

@@ -14,12 +14,14 @@ import socket
 import threading
 import time
 from collections.abc import Awaitable, Callable, Iterable, Sequence
+from functools import partial
 from typing import Any, Self, TypeVar
 
 import psycopg
 
 from stentor.broker import Features
 from stentor.brokers.log import LogBroker
+from stentor.brokers.postgresql_tables import TABLES, VERSION
 from stentor.brokers.storage import DUPLICATE, Entry, Held, Stored, Write
 from stentor.brokers.wire import pack_delayed, unpack, unpack_delayed, unpack_waiting
 from stentor.clock import Clock
@@ -35,7 +37,7 @@ from stentor.errors import (
     Unavailable,
     UnknownTopic,
 )
-from stentor.message import Message
+from stentor.message import Message, new_id
 
 T = TypeVar("T")
 Connection = psycopg.AsyncConnection[tuple[Any, ...]]
@@ -48,20 +50,7 @@ STARTING = 30.0
 """Seconds that a start may wait for others which make the tables."""
 LOOK = 5.0
 """Seconds after which a connection that only listens is asked whether it still stands."""
-VERSION = 1
-_TABLES = """
-CREATE TABLE version (version int NOT NULL);
-CREATE TABLE topic (name text PRIMARY KEY, id serial UNIQUE, last bigint NOT NULL DEFAULT 0);
-CREATE TABLE event (topic int, part int, seq bigint, ts float8 NOT NULL, body bytea NOT NULL,
-                    PRIMARY KEY (topic, part, seq));
-CREATE TABLE space (space text, name text, value bytea NOT NULL, PRIMARY KEY (space, name));
-CREATE TABLE lease (name text PRIMARY KEY, value bytea NOT NULL, until timestamptz NOT NULL);
-CREATE TABLE seen (id text PRIMARY KEY, ts float8 NOT NULL);
-CREATE INDEX seen_ts ON seen (ts);
-CREATE TABLE delayed (n bigserial PRIMARY KEY, prefix text NOT NULL, due float8 NOT NULL, id text NOT NULL,
-                      body bytea NOT NULL);
-CREATE INDEX delayed_due ON delayed (due);
-"""
+_SEEN = "INSERT INTO seen SELECT id, %s FROM unnest(%s::text[]) AS id ON CONFLICT DO NOTHING RETURNING id"
 _ABSENT = {"28P01", "28000"}
 _FULL = {"53100", "53200", "54000"}
 
@@ -93,9 +82,14 @@ def _quiet(call: Awaitable[T]) -> asyncio.Future[T]:
     return task
 
 
-async def _transact(connection: Connection, step: Callable[[Connection], Awaitable[T]]) -> T:
-    async with connection.transaction():
-        return await step(connection)
+def _transacted(step: Callable[[Connection], Awaitable[T]]) -> Callable[[Connection], Awaitable[T]]:
+    """The step in a transaction."""
+
+    async def run(connection: Connection) -> T:
+        async with connection.transaction():
+            return await step(connection)
+
+    return run
 
 
 async def _in_time(connection: Connection, call: Awaitable[T], patience: float) -> T:
@@ -140,7 +134,9 @@ class _Line:
         return self
 
     async def run(self, step: Callable[[Connection], Awaitable[T]], *, sent: Callable[[str], StentorError]) -> T:
-        """Run a step in a transaction. When the connection breaks under it, ``sent`` makes the error."""
+        """Run a step, which is one statement, or opens a transaction. When the connection breaks under it, ``sent``
+        makes the error.
+        """
         return await _whole(self._run(step, sent))
 
     async def _run(self, step: Callable[[Connection], Awaitable[T]], sent: Callable[[str], StentorError]) -> T:
@@ -162,7 +158,7 @@ class _Line:
         except (psycopg.Error, OSError) as error:
             raise _error(error, self._broker) from None
         try:
-            return await _in_time(self._connection, _transact(self._connection, step), self._broker.patience)
+            return await _in_time(self._connection, step(self._connection), self._broker.patience)
         except asyncio.CancelledError:  # only when the loop ends
             await self._drop()
             raise
@@ -230,6 +226,10 @@ class PostgresBroker(LogBroker):
         """All that may hold a connection, those of readers too."""
         self._ask, self._append, self._written = _Line(self, again=True), _Line(self), _Line(self)
         self._numbers: dict[str, int] = {}
+        self._name = new_id()
+        self._batch = 0
+        self._lost: dict[int, list[str]] = {}
+        """The ids of batches of unknown fate, by their number."""
         self._news = asyncio.Event()
         self._listening: asyncio.Task[None] | None = None
         self._swept = 0.0
@@ -249,7 +249,7 @@ class PostgresBroker(LogBroker):
         try:
             connection = await self.session()
             try:
-                await _in_time(connection, _transact(connection, self._make_tables), STARTING)
+                await _in_time(connection, _transacted(self._make_tables)(connection), STARTING)
             finally:
                 await connection.close()
         except (psycopg.Error, OSError) as error:
@@ -266,9 +266,7 @@ class PostgresBroker(LogBroker):
         if found == (None,):
             await connection.execute(f"CREATE SCHEMA IF NOT EXISTS {self._schema}")
             await connection.execute(f"SET LOCAL search_path = {self._schema}")
-            for statement in _TABLES.split(";"):
-                if statement.strip():
-                    await connection.execute(statement)
+            await connection.execute(TABLES)
             await connection.execute("INSERT INTO version VALUES (%s)", (VERSION,))
         row = await (await connection.execute(f"SELECT version FROM {self._schema}.version")).fetchone()
         if row is None or row[0] > VERSION:
@@ -329,30 +327,70 @@ class PostgresBroker(LogBroker):
         return self._numbers[topic]
 
     async def append(self, entries: Sequence[Entry]) -> Sequence[int | StentorError]:
-        for topic in {entry.topic for entry in entries}:
+        topics = {entry.topic for entry in entries}
+        for topic in topics:
             await self._number(topic)
-        ids = [entry.message.id for entry in entries]
-        results: list[int | StentorError] = []
-        results += await self._append.run(
-            lambda connection: self._store(connection, entries), sent=lambda why: PublishUnknown(ids, why)
-        )
+        self._batch += 1
+        plain = len(topics) == 1 and not self._lost and all(e.message.fresh and not e.due for e in entries)
+        try:
+            found = await self._sent(
+                partial(self._put, entries) if plain else _transacted(partial(self._append_any, entries))
+            )
+        except PublishUnknown as error:
+            self._lost[self._batch] = [self._identity(e.message) for e in entries if e.message.fresh]
+            raise PublishUnknown([entry.message.id for entry in entries], error.why) from None
+        self._lost.clear()
         self._news.set()
-        return results
+        return found
+
+    async def _sent(self, step: Callable[[Connection], Awaitable[T]]) -> T:
+        """The answer to a batch, which is sent again, once, when its answer is lost."""
+        lost = ""
+        while True:
+            try:
+                return await self._append.run(step, sent=lambda why: PublishUnknown([], why))
+            except (PublishUnknown, Unavailable) as error:
+                if lost:
+                    raise PublishUnknown([], lost) from None
+                if not isinstance(error, PublishUnknown):
+                    raise  # nothing was sent
+                lost = error.why
+
+    async def _put(self, entries: Sequence[Entry], connection: Connection) -> list[int | StentorError]:
+        """Fresh events of one topic: one statement, and so one round trip."""
+        cursor = await connection.execute(
+            "SELECT append(%b, %b, %b::bigint, %b::int, %b::int[], %b::bytea[])",
+            (self.clock.now(), self._name, self._batch, self._numbers[entries[0].topic],
+             [entry.partition for entry in entries], [entry.body for entry in entries]),
+        )  # fmt: skip
+        [(first,)] = await cursor.fetchall()
+        return list(range(first, first + len(entries)))
+
+    async def _append_any(self, entries: Sequence[Entry], connection: Connection) -> list[int | StentorError]:
+        cursor = await connection.execute("SELECT number, result FROM last_batch(%s)", (self._name,))
+        [(number, result)] = await cursor.fetchall()
+        if number == self._batch:
+            return list(result)
+        if ids := self._lost.get(number):  # it was stored after all: its ids count as if they had been given
+            await connection.execute(_SEEN, (self.clock.now(), sorted(ids)))
+        found = await self._store(connection, entries)
+        await connection.execute(
+            "UPDATE batch SET number = %s, result = %s, ts = %s WHERE who = %s",
+            (self._batch, found, self.clock.now(), self._name),
+        )
+        return list(found)
+
+    def _identity(self, message: Message) -> str:
+        return self._text(f"{self.prefix}\0{message.source}\0{message.id}")
 
     async def _store(self, connection: Connection, entries: Sequence[Entry]) -> list[int]:
         """Store entries in a transaction; a place for each, 0 if it is delayed."""
         now = self.clock.now()
-        identities = [
-            None if e.message.fresh else self._text(f"{self.prefix}\0{e.message.source}\0{e.message.id}")
-            for e in entries
-        ]
+        identities = [None if entry.message.fresh else self._identity(entry.message) for entry in entries]
         wanted = sorted({identity for identity in identities if identity is not None})
         new: set[str] = set()
         if wanted:
-            cursor = await connection.execute(
-                "INSERT INTO seen SELECT id, %s FROM unnest(%s::text[]) AS id ON CONFLICT DO NOTHING RETURNING id",
-                (now, wanted),
-            )
+            cursor = await connection.execute(_SEEN, (now, wanted))
             new = {row[0] for row in await cursor.fetchall()}
         results = [0] * len(entries)
         stored: dict[str, list[int]] = {}
@@ -369,17 +407,11 @@ class PostgresBroker(LogBroker):
                 stored.setdefault(entry.topic, []).append(at)
         for topic, places in sorted(stored.items()):
             cursor = await connection.execute(
-                "UPDATE topic SET last = last + %s WHERE name = %s RETURNING last", (len(places), topic)
-            )
-            row = await cursor.fetchone()
-            assert row is not None
-            first = row[0] - len(places) + 1
-            await connection.execute(
-                "INSERT INTO event SELECT %s, part, %s + n - 1, %s, body "
-                "FROM unnest(%s::int[], %s::bytea[]) WITH ORDINALITY AS e(part, body, n)",
-                (self._numbers[topic], first, now, [entries[at].partition for at in places],
+                "SELECT put(%b, %b::int, %b::int[], %b::bytea[])",
+                (now, self._numbers[topic], [entries[at].partition for at in places],
                  [entries[at].body for at in places]),
             )  # fmt: skip
+            [(first,)] = await cursor.fetchall()
             for number, at in enumerate(places, first):
                 results[at] = number
         if delayed:
@@ -389,8 +421,6 @@ class PostgresBroker(LogBroker):
                 (self.prefix, [e.due for e in delayed], [self._text(e.message.id) for e in delayed],
                  [pack_delayed(e.message) for e in delayed]),
             )  # fmt: skip
-        if stored:
-            await connection.execute(f"NOTIFY {self._schema}")
         return results
 
     @staticmethod
@@ -456,14 +486,14 @@ class PostgresBroker(LogBroker):
         for topic in {entry.topic for write in writes for entry in write.outputs}:
             await self._number(topic)
         found = await self._written.run(
-            lambda connection: self._write(connection, writes),
+            _transacted(partial(self._write, writes)),
             sent=lambda why: Unavailable(f"{self}: it is not known whether this was written: {why}"),
         )
         if any(write.outputs for write in writes):
             self._news.set()
         return found
 
-    async def _write(self, connection: Connection, writes: Sequence[Write]) -> list[bool]:
+    async def _write(self, writes: Sequence[Write], connection: Connection) -> list[bool]:
         # Always in one order, so that two processes never wait for each other.
         absent = sorted({write.space for write in writes if write.fence[1] is None})
         if absent:
@@ -523,6 +553,7 @@ class PostgresBroker(LogBroker):
         if time.monotonic() - self._swept > 60:
             self._swept = time.monotonic()
             await self._rows("DELETE FROM seen WHERE ts < %s", (self.clock.now() - WINDOW,))
+            await self._rows("DELETE FROM batch WHERE ts < %s", (self.clock.now() - WINDOW,))
             await self._rows("DELETE FROM lease WHERE until < clock_timestamp() - interval '1 hour'")
         due = await self._rows(
             "SELECT n, body FROM delayed WHERE prefix = %s AND due <= %s ORDER BY due, n LIMIT %s",
@@ -544,7 +575,7 @@ class PostgresBroker(LogBroker):
             await self._store(connection, [entry for number, entry in entries if number in ours])
 
         if entries:
-            await self._written.run(fall, sent=lambda why: Unavailable(f"{self} cannot be reached: {why}"))
+            await self._written.run(_transacted(fall), sent=lambda why: Unavailable(f"{self} cannot be reached: {why}"))
             self._news.set()
         [(first,)] = await self._rows("SELECT min(due) FROM delayed WHERE prefix = %s", (self.prefix,))
         return 0.5 if first is None else max(0.0, first - self.clock.now())
