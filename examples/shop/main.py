@@ -8,7 +8,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -57,7 +57,7 @@ def declare(broker: str) -> None:
 
 
 @contextmanager
-def running(broker: str, folder: Path) -> Iterator[dict[str, Service]]:
+def running(broker: str, folder: Path) -> Generator[dict[str, Service]]:
     """The three services; stopped in order at the end."""
     services: dict[str, Service] = {}
     try:
@@ -72,7 +72,7 @@ def running(broker: str, folder: Path) -> Iterator[dict[str, Service]]:
 
 
 @contextmanager
-def books_of(service: str, folder: Path) -> Iterator[Books]:
+def books_of(service: str, folder: Path) -> Generator[Books]:
     os.environ["SHOP_FOLDER"] = str(folder)
     books = Books(service)
     yield books
