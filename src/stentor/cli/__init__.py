@@ -38,7 +38,7 @@ SECTIONS = {
         "publish": "Publish an event, or many from standard input.",
         "replay": "Set a group back (or forward), so that it sees events again.",
         "cancel": "Drop a delayed event that has not fallen due.",
-        "mirror": "Copy topics, and what groups have, to another broker.",
+        "mirror": "Copy topics from one broker to another, keeping id, key, order and time.",
     },
 }
 
