@@ -61,13 +61,13 @@ class Results:
     def count(self, flights: Sequence[Flight]) -> None:
         """Add flights to the totals of their carrier and airport, each once."""
         with self._lock, self._db as db:  # one transaction: committed at the end, rolled back by any error
-            fresh = {number for (number,) in db.execute(NOTE, [json.dumps([flight.number for flight in flights])])}
+            by_number = {flight.number: flight for flight in flights}  # an event may be in one batch twice
+            fresh = [number for (number,) in db.execute(NOTE, [json.dumps(list(by_number))])]
             if repeated := len(flights) - len(fresh):
                 db.execute("INSERT INTO repeated VALUES (?)", [repeated])
             sums: defaultdict[tuple[str, str], Delays] = defaultdict(Delays)
-            for flight in flights:
-                if flight.number in fresh:
-                    sums[flight.carrier, flight.origin].count(flight)
+            for flight in map(by_number.__getitem__, fresh):
+                sums[flight.carrier, flight.origin].count(flight)
             db.executemany(ADD, [(*place, *astuple(delays)) for place, delays in sums.items()])
 
     def extend_runs(self, departures: Sequence[FlightDeparted]) -> None:

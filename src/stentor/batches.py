@@ -150,8 +150,10 @@ async def _settle_first(
     outcome, records = (Outcome.ACK, {}) if attempt is None else worker.parking.cleared(attempt)
     done: asyncio.Future[StentorError | None] = worker.loop.create_future()
     settlement = Settlement(share.partition, delivery.offset, outcome, outputs, records)
+    lane.ending = True
     worker.add(settlement, lambda error: None if done.done() else done.set_result(error))
     error = await done
+    lane.ending = False
     if error is None:
         worker.counts.handled += 1
         share.tries.pop(delivery.offset, None)

@@ -72,10 +72,11 @@ class Try:
 class Lane:
     """The events of one key, one at a time.
 
-    ``head`` runs or is next, ``rest`` waits in memory, ``stored`` behind it in the journal (names, in order).
+    ``head`` runs or is next, ``rest`` waits in memory, ``stored`` behind it in the journal (names, in order). What a key
+    has in the journal always precedes what it has unacked in the log: the next owner runs the journal's first.
     """
 
-    __slots__ = ("busy", "due", "head", "held", "key", "loading", "rest", "share", "since", "stored")
+    __slots__ = ("busy", "due", "ending", "head", "held", "key", "loading", "rest", "share", "since", "stored")
 
     def __init__(self, share: Share, key: str | None, head: Delivery | None) -> None:
         self.share = share
@@ -85,6 +86,8 @@ class Lane:
         self.stored: deque[str] | None = None
         self.busy = False
         """The head runs, or its outputs are not yet durable."""
+        self.ending = False
+        """The head has run; its outputs or its dead letter are on their way."""
         self.held = False
         """Nothing runs until a dead letter is redriven or dropped."""
         self.loading = False

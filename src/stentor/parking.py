@@ -93,7 +93,6 @@ class Parking:
         if attempt.starts or attempt.started:
             records[f"a/{attempt.name}"] = None
         outcome = Outcome.NONE if attempt.stored else Outcome.ACK
-        rest, lane.rest = lane.rest, None
         lane.stored = insert_sorted(lane.stored, (name,))
         lane.due = float("inf") if waits else due
         lane.head = None
@@ -105,9 +104,9 @@ class Parking:
                 self.proceed(lane)
 
         lane.busy = True
-        if rest:
-            self.store(lane, list(rest))
+        lane.ending = False
         self._worker.add(Settlement(share.partition, delivery.offset, outcome, (), records), after)
+        self.store_rest(lane)  # after it: a crash in between must not leave them in front of it
 
     def store(self, lane: Lane, deliveries: Sequence[Delivery]) -> None:
         """Move deliveries that wait in a lane to the journal."""
@@ -157,7 +156,6 @@ class Parking:
         )
         if held:
             records[f"k/{lane.key}"] = f"{delivery.offset:020d} {letter.id}".encode()
-            lane.held = True
         self._worker.counts.dead += 1
         self._worker.log.error(
             "%s: gave up %s %s after %d attempts (%s): %s: %s; it is dead letter %s",
@@ -167,12 +165,11 @@ class Parking:
 
         def after(error: StentorError | None) -> None:
             if error is None:
-                if held and lane.rest:
-                    rest, lane.rest = list(lane.rest), None
-                    self.store(lane, rest)
                 lane.due = 0.0
                 if held:
-                    lane.busy, lane.head = False, None
+                    lane.busy, lane.ending, lane.head, lane.held = False, False, None, True
+                    self.store_rest(lane)
+                    self.keep(lane)
                 else:
                     self._worker.advance(lane)
             elif not isinstance(error, LeaseLost):
@@ -181,7 +178,7 @@ class Parking:
                 )
                 self._worker.clock.call_later(1.0, lambda: self._worker.add(settlement, after))
 
-        lane.busy = True
+        lane.busy = lane.ending = True
         self._worker.add(settlement, after)
 
     def cleared(self, attempt: Try) -> tuple[Outcome, dict[str, bytes | None]]:
@@ -274,18 +271,38 @@ class Parking:
         """Move events whose handler runs for long to the journal, so that the log can go on behind them."""
         now = self._worker.loop.time()
         for lane in self._worker.runners.values():
-            if lane is None or lane.head is None or not lane.busy or now - lane.since < LONG_RUN or lane.share.gone:
+            if lane is None or lane.head is None or not lane.busy or lane.ending or lane.share.gone:
                 continue
-            delivery = lane.head
-            attempt = lane.share.tries.setdefault(delivery.offset, Try(f"{delivery.offset:020d}"))
-            if attempt.stored:
-                continue
-            attempt.stored = stored_name(delivery.offset, attempt.name[20:], lane.key)
-            parked = Parked(
-                message=delivery.message, failures=attempt.failures, errors=attempt.errors, replay=delivery.replay
-            )
-            record: dict[str, bytes | None] = {attempt.stored: parked.encode()}
-            self._worker.add(Settlement(lane.share.partition, delivery.offset, Outcome.ACK, (), record), None)
+            if now - lane.since >= LONG_RUN:
+                self._store_head(lane, lane.head)
+
+    def store_all(self, lane: Lane) -> bool:
+        """Move to the journal what a lane has in memory, running or not; False, and nothing done, if it cannot be now.
+
+        The head goes first: were it left in the log, a crash would bring it again behind what the journal has.
+        """
+        if lane.ending:
+            return False
+        if lane.head is not None:
+            self._store_head(lane, lane.head)
+        self.store_rest(lane)
+        return True
+
+    def store_rest(self, lane: Lane) -> None:
+        rest, lane.rest = lane.rest, None
+        if rest:
+            self.store(lane, rest)
+
+    def _store_head(self, lane: Lane, delivery: Delivery) -> None:
+        attempt = lane.share.tries.setdefault(delivery.offset, Try(f"{delivery.offset:020d}"))
+        if attempt.stored:
+            return
+        attempt.stored = stored_name(delivery.offset, attempt.name[20:], lane.key)
+        parked = Parked(
+            message=delivery.message, failures=attempt.failures, errors=attempt.errors, replay=delivery.replay
+        )
+        record: dict[str, bytes | None] = {attempt.stored: parked.encode()}
+        self._worker.add(Settlement(lane.share.partition, delivery.offset, Outcome.ACK, (), record), None)
 
     async def apply(self, marks: Sequence[Mark]) -> None:
         """Redrive or drop dead letters, as their marks ask, in the order of their events."""
@@ -318,14 +335,16 @@ class Parking:
         freed = known.get(hold, b"")[21:] == letter.id.encode()
         if freed:
             records[hold] = None
-        await self._worker.write(mark.partition, records)
         lane = share.lanes.get(key) if key is not None else None
         if lane is None:
             lane = Lane(share, key, None)
         if stored:
+            if not self.store_all(lane):
+                return  # the mark is still there at the next look
             lane.stored = insert_sorted(lane.stored, (stored,))
             lane.due = 0.0
             self.keep(lane)
+        await self._worker.write(mark.partition, records)
         if freed:
             lane.held = False
         self.proceed(lane)

@@ -346,9 +346,8 @@ class Worker:
             return
         for share in list(self.shares.values()):
             for lane in share.lanes.values():
-                if lane.rest and lane.head is not None:
-                    rest, lane.rest = list(lane.rest), None
-                    self.parking.store(lane, rest)
+                if lane.rest:
+                    self.parking.store_all(lane)
 
     def _make_room(self) -> None:
         if self._room is not None:
@@ -547,11 +546,12 @@ class Worker:
                     assert route is not None
                     self.failed(lane, route, delivery, error)
 
+            lane.ending = True
             self.add(settlement, after)
 
     def advance(self, lane: Lane) -> None:
         """The head is done: let the next of the key run."""
-        lane.busy = False
+        lane.busy = lane.ending = False
         share = lane.share
         if share.gone:
             return

@@ -231,6 +231,40 @@ class Moves(FleetScene):
         audit = fleet.audit()
         assert audit.clean, audit
 
+    async def test_r04_a_redrive_behind_which_more_comes(self, fleet: Fleet) -> None:
+        """A dead letter is redriven while its key runs, more comes, and the process is killed: the order holds."""
+        acts = [Act(do="fail", key="a", n=0, times=1), Act(do="block", key="a", n=1)]
+        first = await fleet.start(acts=acts, attempts=1)
+        await fleet.publish(jobs("a", 4))
+        [letter] = await fleet.stage.dead("work")
+        await until(lambda: fleet.starts("a", 1))
+        await fleet.stage.redrive(letter)
+        await until(lambda: fleet.stage.parked("work"))
+        await fleet.publish([Job(key="a", n=4), Job(key="a", n=5)])
+
+        async def all_taken() -> bool:
+            [waiting, parked] = await asyncio.gather(fleet.stage.waiting("work"), fleet.stage.parked("work"))
+            return parked >= 3 and waiting + parked == 6
+
+        await until(all_taken)
+        await first.kill()
+        fleet.open_gate()
+        await fleet.start(acts=acts, attempts=1)
+        await fleet.all_handled()
+        assert [entry.n for entry in fleet.ledger.read("end")] == list(range(6))
+
+    async def test_r04_a_kill_when_the_window_was_full(self, fleet: Fleet) -> None:
+        """So many events waited behind a running one that they were put aside: after a kill they still come after it."""
+        first = await fleet.start(acts=[Act(do="block", key="a", n=0)])
+        await fleet.publish(jobs("a", 1200))
+        await until(lambda: fleet.stage.parked("work"))
+        await first.kill()
+        fleet.open_gate()
+        await fleet.start()
+        await fleet.all_handled()
+        audit = fleet.audit()
+        assert audit.clean, audit
+
 
 class Stops(FleetScene):
     """Rule 10: SIGTERM."""

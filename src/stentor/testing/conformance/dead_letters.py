@@ -153,6 +153,46 @@ class DeadLetters(Scene):
             await stage.settled("shop.work")
         assert attempts == [1, 1]
 
+    async def test_r06_no_letter_no_overtaking(self, stage: Stage) -> None:
+        """What comes while the dead letter of a key to be held cannot be written stays behind it, over a stop too."""
+        seen: list[str] = []
+
+        def member() -> Any:
+            app = stage.app()
+
+            @app.on(Job, group=Group("strict", on_dead="park"), retry=Retry(attempts=1))
+            async def work(job: Job) -> None:
+                if job.key == "a" and job.n == 0:
+                    raise ValueError("planned")
+                seen.append(job.key)
+
+            return app
+
+        async with stage.running(member(), grace="100ms") as program:
+            broker: Any = program.broker
+            refused: list[Any] = []
+
+            def refuse(settlement: Any) -> Unavailable | None:
+                if not settlement.outputs:
+                    return None
+                refused.append(settlement)
+                return Unavailable("planned")
+
+            broker.refuse = refuse
+            await stage.publish(jobs("a", 1))
+            await until(lambda: refused)
+            others = [f"k{number}" for number in range(20)]  # some in each partition
+            await stage.publish([Job(key="a", n=1), *(Job(key=key, n=1) for key in others)])
+            await until(lambda: len(seen) == len(others))
+        async with stage.running(member()):
+            await stage.dead("strict")
+
+            async def held() -> bool:
+                return await stage.parked("strict") == 1
+
+            await until(held)
+        assert "a" not in seen
+
     async def test_r06_looking_consumes_nothing(self, stage: Stage) -> None:
         """Reading dead letters again and again changes nothing."""
         app = stage.app()
