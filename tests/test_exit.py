@@ -5,6 +5,7 @@ from __future__ import annotations
 import sqlite3
 import subprocess
 import sys
+from contextlib import closing
 from pathlib import Path
 
 SCRIPT = """
@@ -24,6 +25,6 @@ def test_publish_sync_on_a_file_ends_without_a_word(tmp_path: Path) -> None:
         [sys.executable, "-W", "error", "-c", SCRIPT], cwd=tmp_path, capture_output=True, text=True, check=False
     )
     assert (done.returncode, done.stdout, done.stderr) == (0, "1\n", "")
-    with sqlite3.connect(tmp_path / "ping.db") as db:
+    with closing(sqlite3.connect(tmp_path / "ping.db")) as db, db:
         assert db.execute("SELECT count(*) FROM stentor_event").fetchone() == (1,)
     db.close()

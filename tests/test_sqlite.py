@@ -8,7 +8,7 @@ import sqlite3
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, closing
 from pathlib import Path
 from typing import Any
 
@@ -115,12 +115,12 @@ async def test_a_file_that_is_no_database_is_left_alone(tmp_path: Path) -> None:
 async def test_a_database_of_another_program_is_left_alone(tmp_path: Path) -> None:
     """A SQLite file with foreign tables is refused, not extended."""
     path = tmp_path / "x.db"
-    with sqlite3.connect(path) as db:
+    with closing(sqlite3.connect(path)) as db, db:
         db.execute("CREATE TABLE customer (id INTEGER)")
     db.close()
     with pytest.raises(StorageUnusable, match=r"belongs to another program.*customer"):
         await connect(f"sqlite:///{path}").open()
-    with sqlite3.connect(path) as db:
+    with closing(sqlite3.connect(path)) as db, db:
         assert db.execute("SELECT count(*) FROM sqlite_master").fetchone() == (1,)
     db.close()
 
@@ -130,7 +130,7 @@ async def test_a_newer_schema_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "x.db"
     async with opened(path):
         pass
-    with sqlite3.connect(path) as db:
+    with closing(sqlite3.connect(path)) as db, db:
         db.execute("UPDATE stentor_meta SET value = 99 WHERE name = 'version'")
     db.close()
     with pytest.raises(StorageUnusable, match=r"schema has version 99.*upgrade this program"):
@@ -143,7 +143,7 @@ async def test_a_corrupt_file_is_reported(tmp_path: Path) -> None:
     async with opened(path) as broker:
         await broker.publish([message(str(i)) for i in range(2000)])
         await broker.file.submit(lambda tx: None)
-    with sqlite3.connect(path) as db:
+    with closing(sqlite3.connect(path)) as db, db:
         db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
     db.close()
     with path.open("r+b") as file:
@@ -392,7 +392,7 @@ async def test_namespaces_do_not_see_each_other(tmp_path: Path) -> None:
         assert [m.id async for _, m in blue.browse("t", "earliest", follow=False)] == ["b"]
         assert [m.id async for _, m in red.browse("t", "earliest", follow=False)] == ["r"]
         assert [group.name for group in await red.admin.groups()] == ["g"]
-        with sqlite3.connect(tmp_path / "x.db") as db:
+        with closing(sqlite3.connect(tmp_path / "x.db")) as db, db:
             names = {name for (name,) in db.execute("SELECT name FROM stentor_group")}
         db.close()
         assert names == {"blue.g", "red.g"}

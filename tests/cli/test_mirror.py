@@ -41,7 +41,7 @@ def test_a_difference_is_named_and_fails(shop: Stentor, handled: Callable[..., N
     assert "the same; 1 only at the target" in shop("mirror", OLD, NEW, "--verify")
     said = shop("mirror", OLD, NEW, "--verify", "--json", "--topic", "orders").splitlines()
     assert '"extra":1' in said[1]
-    with sqlite3.connect(shop.folder / "new.db") as db:
+    with closing(sqlite3.connect(shop.folder / "new.db")) as db, db:
         db.execute("DELETE FROM stentor_event WHERE topic = (SELECT id FROM stentor_topic WHERE name = 'payments')")
     command = [sys.executable, "-m", "stentor", "mirror", OLD, NEW, "--verify"]
     done = subprocess.run(command, cwd=shop.folder, env=shop.environment, capture_output=True, text=True, check=False)
