@@ -72,8 +72,8 @@ class Try:
 class Lane:
     """The events of one key, one at a time.
 
-    ``head`` runs or is next, ``rest`` waits in memory, ``stored`` behind it in the journal (names, in order). What a key
-    has in the journal always precedes what it has unacked in the log: the next owner runs the journal's first.
+    ``head`` runs or is next, ``rest`` waits in memory, ``stored`` behind it in the journal (names, in order). What a
+    key has in the journal always precedes what it has unacked in the log: the next owner runs the journal's first.
     """
 
     __slots__ = ("busy", "due", "ending", "head", "held", "key", "loading", "rest", "share", "since", "stored")

@@ -254,7 +254,7 @@ class Moves(FleetScene):
         assert [entry.n for entry in fleet.ledger.read("end")] == list(range(6))
 
     async def test_r04_a_kill_when_the_window_was_full(self, fleet: Fleet) -> None:
-        """So many events waited behind a running one that they were put aside: after a kill they still come after it."""
+        """So many events waited behind a running one that they were put aside: after a kill they come after it."""
         first = await fleet.start(acts=[Act(do="block", key="a", n=0)])
         await fleet.publish(jobs("a", 1200))
         await until(lambda: fleet.stage.parked("work"))
