@@ -80,6 +80,7 @@ _BUILT_IN = {
     "memory": ("stentor.brokers.memory:MemoryBroker", ""),
     "sqlite": ("stentor.brokers.sqlite:SqliteBroker", ""),
     "kafka": ("stentor.brokers.kafka:KafkaBroker", "kafka"),
+    "nats": ("stentor.brokers.nats:NatsBroker", "nats"),
     "postgresql": ("stentor.brokers.postgresql:PostgresBroker", "postgresql"),
     "redis": ("stentor.brokers.redis:RedisBroker", "redis"),
     "rediss": ("stentor.brokers.redis:RedisBroker", "redis"),

@@ -1,0 +1,435 @@
+"""The NATS JetStream broker: a stream for each topic, a subject of it for each partition.
+
+Streams are read by consumers without acks that begin at an offset: what a group has settled is in its spaces. Spaces
+and leases are streams, too. ``docs/decisions`` says why.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ssl
+import time
+from base64 import b64decode
+from collections.abc import Iterable, Sequence
+from datetime import UTC, datetime
+from typing import Any
+
+import msgspec
+import nats.errors
+from nats.aio.client import Client
+from nats.aio.msg import Msg
+
+from stentor.broker import Features
+from stentor.brokers.log_state import LogStateBroker, encode_lease
+from stentor.brokers.nats_client import ASK_PATIENCE, Feed, Link, Place, Refused, refusal, status, stream_of
+from stentor.brokers.storage import Entry, Stored
+from stentor.brokers.wire import unpack
+from stentor.clock import Clock
+from stentor.connect import BrokerUrl
+from stentor.errors import AuthenticationFailed, ConfigError, PublishUnknown, StentorError, Unavailable, UnknownTopic
+from stentor.message import new_id
+
+BATCH = 1000
+"""Messages of an atomic batch; the server's limit."""
+SINGLY = 20
+"""Below so many messages each is faster by itself."""
+OVERHEAD = 4096
+"""Bytes of a message that are not its payload, at most."""
+
+_decode = msgspec.json.decode
+
+_EXISTS = {10058}
+_OVERLAPS = {10065}
+_NO_MESSAGE = {10037}
+
+
+def _durable(text: str) -> str:
+    if text not in ("process", "host"):
+        raise ValueError("process or host")
+    return text
+
+
+def _moment(text: str) -> float:
+    """Seconds since the epoch of a time of the server's, which has nanoseconds."""
+    whole, _, fraction = text.rstrip("Z").partition(".")
+    return datetime.fromisoformat(whole).replace(tzinfo=UTC).timestamp() + float(f"0.{fraction or 0}")
+
+
+class NatsBroker(LogStateBroker):
+    """``nats://[user:password@]host[:4222][,another]``. NATS 2.9 or newer with JetStream.
+
+    Options: those of ``LogBroker``, ``tls=1``, ``ca``, ``cert``, ``key`` (files; TLS always verifies the server),
+    ``creds`` (a credentials file), ``replicas`` (of the streams that this program makes, default 1) and ``durable``:
+    ``host`` where the server has ``sync_interval: always``, which it tells nobody; by default it syncs every two
+    minutes, and what it confirmed survives its process only.
+    """
+
+    one_order = True
+
+    def __init__(self, url: BrokerUrl, clock: Clock) -> None:
+        super().__init__(url, clock)
+        tls = url.option("tls", "") not in ("", "0")
+        ca, cert, key = (url.option(name, "") for name in ("ca", "cert", "key"))
+        creds = url.option("creds", "")
+        self._replicas = url.option("replicas", 1, int)
+        durable: Any = url.option("durable", "process", _durable)
+        self._options: dict[str, Any] = {"servers": [f"nats://{host}" for host in url.host.split(",")]}
+        if url.user:
+            self._options |= {"user": url.user, "password": url.password or ""}
+        if creds:
+            self._options["user_credentials"] = creds
+        if tls:
+            try:
+                context = ssl.create_default_context(cafile=ca or None)
+                if cert:
+                    context.load_cert_chain(cert, key or None)
+            except (OSError, ssl.SSLError) as error:
+                raise ConfigError(f"{url}: the certificates cannot be read: {error}") from None
+            self._options["tls"] = context
+        self.features = Features(
+            name="nats", durable="replica" if self._replicas >= 3 else durable, shared=True, atomic=False, dedupe=False,
+            replay=True, cancel=True, browse=True,
+        )  # fmt: skip
+        self._link: Link | None = None
+        self._reading: Link | None = None
+        self._batches = False
+        self._trimmed: dict[tuple[str, int], int] = {}
+
+    # ---- life -------------------------------------------------------------------------------------------------------
+
+    @property
+    def native(self) -> Client:
+        """The connection of the nats-py library that events are published with."""
+        return self.link.nc
+
+    @property
+    def link(self) -> Link:
+        if self._link is None:
+            raise Unavailable(f"{self} is not open")
+        return self._link
+
+    def new_link(self) -> Link:
+        """A connection that is not open yet."""
+        return Link(self, self._options)
+
+    async def connect(self) -> None:
+        try:
+            self._link, self._reading = self.new_link(), self.new_link()
+            await self._reach(self._link)
+            await self._reach(self._reading)
+            await self._link.api("INFO", patience=5.0)
+            version = self._link.nc.connected_server_version
+            self._batches = (version.major, version.minor) >= (2, 12)
+            most = min(self.features.max_bytes, self._link.nc.max_payload - OVERHEAD)
+            self.features = msgspec.structs.replace(self.features, max_bytes=most)
+            await self.open_state()
+        except BaseException:
+            await self.disconnect()
+            raise
+
+    async def _reach(self, link: Link) -> None:
+        try:
+            await link.open()
+        except ssl.SSLError as error:
+            raise AuthenticationFailed(f"{self}: {error}") from None
+        except (nats.errors.Error, OSError, TimeoutError) as error:
+            text = " ".join(f"{error} {link.trouble}".split()) or type(error).__name__
+            if "uthoriz" in text or "uthenticat" in text:
+                raise AuthenticationFailed(f"{self}: {text}") from None
+            raise Unavailable(f"{self} cannot be reached: {text}") from None
+
+    async def disconnect(self) -> None:
+        await self.close_state()
+        for link in (self._link, self._reading):
+            if link is not None:
+                await link.close()
+        self._link = self._reading = None
+
+    async def ping(self) -> None:
+        found = await self.link.api(f"STREAM.INFO.{stream_of(self.lease_topic)}", patience=3.0)
+        cluster = found.get("cluster") or {}
+        if self._replicas >= 3:
+            away = [node["name"] for node in cluster.get("replicas", ()) if node.get("offline")]
+            if len(away) * 2 > self._replicas - 1:
+                raise Unavailable(f"{self}: {', '.join(away)} are away, a majority is needed")
+
+    # ---- data -------------------------------------------------------------------------------------------------------
+
+    async def make(self, topic: str, partitions: int = 1, keep: float = -1, *, fewer: bool = False) -> None:  # noqa: ARG002  two replicas of three would have no majority when one goes
+        subjects = [f"{topic}.{index}" for index in range(partitions)]
+        config: dict[str, Any] = {
+            "name": stream_of(topic), "subjects": subjects, "retention": "limits", "storage": "file", "discard": "new",
+            "max_age": 0 if keep < 0 else int(keep * 1e9), "num_replicas": self._replicas, "allow_direct": True,
+            "max_consumers": -1, "max_msgs": -1, "max_bytes": -1, "max_msg_size": -1,
+        }  # fmt: skip
+        if self._batches:
+            config["allow_atomic"] = True
+        deadline = time.monotonic() + ASK_PATIENCE
+        while True:
+            try:
+                await self.link.api(f"STREAM.CREATE.{stream_of(topic)}", **config)
+                return
+            except Refused as error:
+                if error.number in _OVERLAPS:
+                    raise ConfigError(f"{self}: topic {topic}: its subjects are another stream's: {error}") from None
+                if error.number not in _EXISTS:
+                    raise
+                break
+            except Unavailable:
+                if time.monotonic() > deadline or not self.link.nc.is_connected:
+                    raise
+                await asyncio.sleep(0.2)  # a cluster may still be choosing a leader
+        found = (await self._info(topic))["config"]
+        count = len(found.get("subjects") or ())
+        if count != partitions:
+            raise ConfigError(
+                f"{self}: topic {topic} has {count} partitions, not {partitions}; write partitions={count} there"
+            )
+
+    async def _info(self, topic: str) -> dict[str, Any]:
+        return await self.link.api(f"STREAM.INFO.{stream_of(topic)}")
+
+    async def remove(self, topic: str) -> None:
+        with contextlib.suppress(UnknownTopic):
+            await self.link.api(f"STREAM.DELETE.{stream_of(topic)}")
+
+    async def append(self, entries: Sequence[Entry]) -> Sequence[int | StentorError]:
+        if not self.link.nc.is_connected:
+            raise Unavailable(f"{self} is away{f': {self.link.trouble}' if self.link.trouble else ''}")
+        results: list[int | StentorError] = [Unavailable(f"{self}: not sent")] * len(entries)
+        topics: dict[str, list[int]] = {}
+        for number, entry in enumerate(entries):
+            topics.setdefault(entry.topic, []).append(number)
+        await asyncio.gather(*(self._append(entries, numbers, results) for numbers in topics.values()))
+        return results
+
+    async def _append(self, entries: Sequence[Entry], left: list[int], results: list[int | StentorError]) -> None:
+        """Store the entries of a topic in steps: each is begun when all of the one before is stored."""
+        for numbers in self._steps(entries, left):
+            part = [entries[number] for number in numbers]
+            try:
+                if self._batches and len(part) >= SINGLY:
+                    outcome: Sequence[int | StentorError] = await self._store_batch(part)
+                else:
+                    outcome = await self._store_each(part)
+            except StentorError as error:
+                outcome = [error] * len(part)
+            for number, result in zip(numbers, outcome, strict=True):
+                results[number] = result
+            wrong = next((result for result in outcome if not isinstance(result, int)), None)
+            if wrong is not None:
+                return
+
+    def _steps(self, entries: Sequence[Entry], left: list[int]) -> Iterable[list[int]]:
+        """What can be stored at once: a batch, else messages of different keys, since each may be refused alone."""
+        if self._batches and len(left) >= SINGLY:
+            yield from (left[at : at + BATCH] for at in range(0, len(left), BATCH))
+            return
+        step: list[int] = []
+        keys: set[str] = set()
+        for number in left:
+            key = entries[number].message.key
+            if key is not None and key in keys:
+                yield step
+                step, keys = [], set()
+            step.append(number)
+            if key is not None:
+                keys.add(key)
+        yield step
+
+    async def _store_batch(self, entries: Sequence[Entry]) -> list[int | StentorError]:
+        """All of them or none, as one message of the stream's log (ADR-50)."""
+        link, batch = self.link, new_id()
+        last = len(entries)
+        for number, entry in enumerate(entries[:-1], 1):
+            headers = {"Nats-Batch-Id": batch, "Nats-Batch-Sequence": str(number)}
+            await link.send(f"{entry.topic}.{entry.partition}", entry.body, headers=headers)
+        entry = entries[-1]
+        headers = {"Nats-Batch-Id": batch, "Nats-Batch-Sequence": str(last), "Nats-Batch-Commit": "1"}
+        answer = await link.post(f"{entry.topic}.{entry.partition}", entry.body, headers)
+        stored = (await self._stored(entries[-1:], [answer]))[0]
+        if isinstance(stored, int):
+            return list(range(stored - last + 1, stored + 1))
+        if isinstance(stored, PublishUnknown):
+            return [PublishUnknown([entry.message.id], stored.why) for entry in entries]
+        return [stored] * last
+
+    async def _store_each(self, entries: Sequence[Entry]) -> list[int | StentorError]:
+        answers = [await self.link.post(f"{entry.topic}.{entry.partition}", entry.body) for entry in entries]
+        return await self._stored(entries, answers)
+
+    async def _stored(
+        self, entries: Sequence[Entry], answers: Sequence[asyncio.Future[Msg | None]]
+    ) -> list[int | StentorError]:
+        """What the server says of messages: an offset or an error for each."""
+        await asyncio.wait(answers, timeout=ASK_PATIENCE)
+        results: list[int | StentorError] = []
+        for entry, answer in zip(entries, answers, strict=True):
+            if not answer.done() or answer.result() is None:
+                why = f"no answer within {ASK_PATIENCE:g} s" if not answer.done() else "the connection was lost"
+                answer.cancel()
+                results.append(PublishUnknown([entry.message.id], why))
+                continue
+            message = answer.result()
+            assert message is not None
+            results.append(await self._sequence(entry.topic, message))
+        return results
+
+    async def _sequence(self, topic: str, message: Msg) -> int | StentorError:
+        if status(message):  # nobody listens: there is no such stream, or it has no leader
+            try:
+                await self._info(topic)
+            except StentorError as error:
+                return error
+            return Unavailable(f"{self}: topic {topic} has no leader now")
+        found = _decode(message.data)
+        if "error" in found:
+            refused = refusal(self, found["error"])
+            return Unavailable(str(refused)) if isinstance(refused, Refused) else refused
+        return int(found["seq"])
+
+    async def tell(self, topic: str, value: bytes) -> int:
+        answer = await self.link.post(f"{topic}.0", value)
+        done, _ = await asyncio.wait([answer], timeout=ASK_PATIENCE)
+        message = answer.result() if done else None
+        if message is None:
+            answer.cancel()
+            raise Unavailable(f"{self}: it is not known whether a message was stored")
+        result = await self._sequence(topic, message)
+        if isinstance(result, int):
+            return result
+        raise result if isinstance(result, UnknownTopic) else Unavailable(str(result))
+
+    async def told(self, topic: str) -> list[bytes]:
+        try:
+            found = await self.link.api(f"STREAM.MSG.GET.{stream_of(topic)}", last_by_subj=f"{topic}.0")
+        except Refused as error:
+            if error.number in _NO_MESSAGE:
+                return []
+            raise
+        return [b64decode(found["message"].get("data", ""))]
+
+    def feed(self) -> Feed:
+        if self._reading is None:
+            raise Unavailable(f"{self} is not open")
+        return Feed(self._reading)
+
+    async def bounds(self, topic: str, partitions: Sequence[int]) -> list[tuple[int, int]]:
+        state = (await self._info(topic))["state"]
+        end = state["last_seq"] + 1
+        first = min(max(1, state["first_seq"]), end)
+        return [(first, end)] * len(partitions)
+
+    async def find(self, topic: str, partitions: Sequence[int], moment: float) -> list[int]:
+        text = datetime.fromtimestamp(max(0.0, moment), UTC).isoformat().replace("+00:00", "Z")
+        stream = stream_of(topic)
+        name, found = await self.link.consumer(
+            stream, f"{topic}.*", deliver_policy="by_start_time", opt_start_time=text
+        )
+        await self.link.discard(stream, name)
+        return [found["delivered"]["stream_seq"] + 1] * len(partitions)
+
+    async def pending(self, places: Sequence[tuple[str, int, int]]) -> list[tuple[int, float | None]]:
+        asked = list(dict.fromkeys(places))
+        answers = await asyncio.gather(*(self._pending(*place) for place in asked))
+        known = dict(zip(asked, answers, strict=True))
+        return [known[place] for place in places]
+
+    async def _pending(self, topic: str, index: int, offset: int) -> tuple[int, float | None]:
+        name, count = await self._look(topic, index, offset)
+        await self.link.discard(stream_of(topic), name)
+        if not count:
+            return 0, None
+        try:
+            found = await self.link.api(
+                f"STREAM.MSG.GET.{stream_of(topic)}", seq=max(1, offset), next_by_subj=f"{topic}.{index}"
+            )
+        except Refused:
+            return 0, None  # removed just now
+        return count, _moment(found["message"]["time"])
+
+    async def _look(self, topic: str, index: int, offset: int) -> tuple[str, int]:
+        """A consumer from an offset on, and how many messages are there for it."""
+        name, found = await self.link.consumer(
+            stream_of(topic), f"{topic}.{index}", deliver_policy="by_start_sequence", opt_start_seq=max(1, offset)
+        )
+        return name, found["num_pending"]
+
+    async def page(self, topic: str, index: int, offset: int, limit: int) -> Sequence[Stored]:
+        link, stream = self.link, stream_of(topic)
+        name, count = await self._look(topic, index, offset)
+        limit = min(limit, count)
+        found: list[Msg] = []
+        done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+        def came(message: Msg | None) -> None:
+            if message is not None and not status(message):
+                found.append(message)
+            if (message is None or status(message) or len(found) == limit) and not done.done():
+                done.set_result(None)
+
+        number, inbox = link.listen(came), await link.stream(came)
+        try:
+            if limit:
+                body = msgspec.json.encode({"batch": limit, "expires": int(ASK_PATIENCE * 1e9)})
+                await link.send(f"$JS.API.CONSUMER.MSG.NEXT.{stream}.{name}", body, inbox.subject)
+                async with asyncio.timeout(ASK_PATIENCE):
+                    await done
+        except TimeoutError:
+            raise Unavailable(f"{self} does not answer within {ASK_PATIENCE:g} s") from None
+        finally:
+            link.forget(number)
+            with contextlib.suppress(nats.errors.Error, OSError):
+                await inbox.unsubscribe()
+        await link.discard(stream, name)
+        stored = []
+        for message in found:
+            place = Place.of(message)
+            event = unpack(message.data, topic.removeprefix(self.prefix), f"{index}-{place.offset}")
+            stored.append(Stored(place.offset, place.time, event))
+        return stored
+
+    async def trim(self, topic: str, index: int, offset: int) -> None:
+        if self._trimmed.get((topic, index), 0) >= offset or offset < 2:
+            return
+        await self.link.api(f"STREAM.PURGE.{stream_of(topic)}", filter=f"{topic}.{index}", seq=offset)
+        self._trimmed[topic, index] = offset
+
+    # ---- leases -----------------------------------------------------------------------------------------------------
+
+    def heart(self) -> NatsHeart:
+        return NatsHeart(self)
+
+
+class NatsHeart:
+    """A lease is a message of a stream that all members read; it ends by itself."""
+
+    def __init__(self, broker: NatsBroker) -> None:
+        self._broker = broker
+        self._patience = max(1.0, broker.lease / 2)
+        self._runner = asyncio.Runner()
+        self._link: Link | None = None
+
+    def beat(self, name: str, value: bytes, lease: float) -> None:
+        self._runner.run(self._beat(encode_lease((name, value, lease))))
+
+    async def _beat(self, body: bytes) -> None:
+        async with asyncio.timeout(self._patience):
+            if self._link is None:
+                link = self._broker.new_link()
+                await link.open()
+                self._link = link
+            answer = await self._link.ask(f"{self._broker.lease_topic}.0", body, self._patience)
+        found = {} if status(answer) else _decode(answer.data)
+        if "seq" not in found:
+            raise OSError(f"the lease was not taken: {found or 'no stream'}")
+        self._broker.beaten = max(self._broker.beaten, found["seq"])
+
+    def end(self, name: str) -> None:
+        self.beat(name, b"\x80", 0.0)
+
+    def close(self) -> None:
+        if self._link is not None:
+            self._runner.run(self._link.close())
+        self._runner.close()

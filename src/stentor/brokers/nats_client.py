@@ -1,0 +1,436 @@
+"""What the NATS broker needs of a connection: questions with answers, and partitions read ahead.
+
+Both use core NATS through nats-py; the JetStream API is spoken as its documents give it (ADR-1, ADR-13, ADR-50).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+from itertools import count
+from typing import Any, NamedTuple
+
+import msgspec
+import nats.errors
+from nats.aio.client import Client
+from nats.aio.msg import Msg
+from nats.aio.subscription import Subscription
+
+from stentor.brokers.log_state import Read
+from stentor.brokers.logstore import Dropped
+from stentor.errors import BrokerError, StentorError, StorageFull, TooLarge, Unavailable, UnknownTopic
+from stentor.message import new_id
+
+ASK_PATIENCE = 10.0
+"""Seconds that the server has for an answer."""
+AHEAD = 2000
+"""Messages that a reader keeps ready; each partition may add a pull to it."""
+AHEAD_BYTES = 16 * 1024 * 1024
+PULL = 500
+"""Messages that a pull asks for."""
+PULL_EXPIRES = 30.0
+PULL_BEAT = 5.0
+"""Seconds between signs of life of an idle pull."""
+IDLE = 60.0
+"""Seconds after which the server forgets a consumer that nobody asks."""
+
+_encode = msgspec.json.Encoder().encode
+_decode = msgspec.json.decode
+
+_FULL = {10023, 10028, 10047, 10076, 10077, 10122}
+_TOO_LARGE = {10054, 10097}
+_MISSING = {10059}
+_AWAY = {10004, 10005, 10006, 10007, 10008, 10009, 10074, 10164}
+
+
+class Refused(BrokerError):
+    """The JetStream API said no; ``number`` is its ``err_code``."""
+
+    def __init__(self, text: str, number: int) -> None:
+        super().__init__(text)
+        self.number = number
+
+
+def refusal(who: object, error: Mapping[str, Any]) -> StentorError:
+    """What an error of the JetStream API means."""
+    number, text = error.get("err_code", 0), f"{who}: {error.get('description', 'refused')}"
+    if number in _MISSING:
+        return UnknownTopic(text)
+    if number in _FULL:
+        return StorageFull(text)
+    if number in _TOO_LARGE:
+        return TooLarge(text)
+    if number in _AWAY or error.get("code") in (408, 503):
+        return Unavailable(text)
+    return Refused(text, number)
+
+
+def status(message: Msg) -> str:
+    """The status of a message that has no data but tells something, else empty."""
+    return "" if message.data or not message.headers else message.headers.get("Status", "")
+
+
+class Place(NamedTuple):
+    """Where a delivered message stands: in its stream, in its consumer, when it was stored, how many follow."""
+
+    offset: int
+    delivered: int
+    time: float
+    pending: int
+
+    @classmethod
+    def of(cls, message: Msg) -> Place:
+        """Read from the reply subject: ``$JS.ACK.``, two or four names, then five numbers (ADR-15)."""
+        parts = message.reply.split(".")
+        at = 5 if len(parts) < 11 else 7
+        return cls(int(parts[at]), int(parts[at + 1]), int(parts[at + 2]) / 1e9, int(parts[at + 3]))
+
+
+class Link:
+    """A connection. Its answers come to one inbox; when it is lost, all that wait are told."""
+
+    def __init__(self, who: object, options: Mapping[str, Any]) -> None:
+        self._who = who
+        self._options = options
+        self._inbox = f"_INBOX.{new_id()}"
+        self._listeners: dict[int, Callable[[Msg | None], None]] = {}
+        self._count = count()
+        self.nc = Client()
+        self.on_lost: list[Callable[[], None]] = []
+        self.trouble = ""
+
+    async def open(self) -> None:
+        """Connect, at once or not at all; from then on it connects again by itself, for ever. Raises what nats-py
+        raises.
+        """
+        await self.nc.connect(
+            **self._options, allow_reconnect=False, max_reconnect_attempts=-1, reconnect_time_wait=1,
+            disconnected_cb=self._lost, error_cb=self._failed, pending_size=0, connect_timeout=3, ping_interval=2,
+            max_outstanding_pings=2, name="stentor",
+        )  # fmt: skip
+        self.nc.options["allow_reconnect"] = True
+        await self.nc.subscribe(f"{self._inbox}.*", cb=self._came)
+
+    async def close(self) -> None:
+        self._lose()
+        with contextlib.suppress(nats.errors.Error, OSError, TimeoutError):
+            await self.nc.close()
+
+    async def _failed(self, error: Exception) -> None:
+        self.trouble = " ".join(str(error).split()) or type(error).__name__
+
+    async def _lost(self) -> None:
+        self._lose()
+
+    def _lose(self) -> None:
+        listeners, self._listeners = self._listeners, {}
+        for listener in listeners.values():
+            listener(None)
+        for told in self.on_lost:
+            told()
+
+    async def _came(self, message: Msg) -> None:
+        listener = self._listeners.get(int(message.subject.rpartition(".")[2]))
+        if listener is not None:
+            listener(message)
+
+    def listen(self, listener: Callable[[Msg | None], None]) -> int:
+        """Hear what is sent to a number of the inbox, and None when the connection is lost."""
+        number = next(self._count)
+        self._listeners[number] = listener
+        return number
+
+    def forget(self, number: int) -> None:
+        self._listeners.pop(number, None)
+
+    async def stream(self, listener: Callable[[Msg], None]) -> Subscription:
+        """A subject of its own for what a consumer sends: that bears the subjects of the stream. Raises Unavailable."""
+
+        async def came(message: Msg) -> None:
+            listener(message)
+
+        try:
+            return await self.nc.subscribe(f"_INBOX.{new_id()}", cb=came)
+        except (nats.errors.Error, OSError) as error:
+            raise Unavailable(f"{self._who}: {error}") from None
+
+    async def send(
+        self, subject: str, payload: bytes = b"", reply: str = "", headers: dict[str, str] | None = None
+    ) -> None:
+        """Send a message. Raises Unavailable, and then nothing was sent."""
+        if not self.nc.is_connected:
+            raise Unavailable(f"{self._who} is away{f': {self.trouble}' if self.trouble else ''}")
+        try:
+            await self.nc.publish(subject, payload, reply, headers)
+        except (nats.errors.Error, OSError) as error:
+            raise Unavailable(f"{self._who}: {error}") from None
+
+    async def post(
+        self, subject: str, payload: bytes = b"", headers: dict[str, str] | None = None
+    ) -> asyncio.Future[Msg | None]:
+        """Send a message that has an answer: None when the connection is lost before. Raises as ``send``."""
+        future: asyncio.Future[Msg | None] = asyncio.get_running_loop().create_future()
+
+        def answered(message: Msg | None) -> None:
+            self._listeners.pop(number, None)
+            if not future.done():
+                future.set_result(message)
+
+        number = self.listen(answered)
+        try:
+            await self.send(subject, payload, f"{self._inbox}.{number}", headers)
+        except BaseException:
+            self.forget(number)
+            raise
+        future.add_done_callback(lambda _: self.forget(number))
+        return future
+
+    async def ask(self, subject: str, payload: bytes = b"", patience: float = ASK_PATIENCE) -> Msg:
+        """The answer to a question. Raises Unavailable."""
+        future = await self.post(subject, payload)
+        try:
+            async with asyncio.timeout(patience):
+                answer = await future
+        except TimeoutError:
+            raise Unavailable(f"{self._who} does not answer within {patience:g} s") from None
+        if answer is None:
+            raise Unavailable(f"{self._who}: the connection was lost")
+        return answer
+
+    async def api(self, call: str, /, patience: float = ASK_PATIENCE, **body: Any) -> dict[str, Any]:
+        """Call the JetStream API. Raises Unavailable, UnknownTopic, StorageFull, or Refused."""
+        answer = await self.ask(f"$JS.API.{call}", _encode(body) if body else b"", patience)
+        if status(answer):
+            raise Unavailable(f"{self._who}: JetStream does not answer; is it enabled, and for this account?")
+        found: dict[str, Any] = _decode(answer.data)
+        if "error" in found:
+            raise refusal(self._who, found["error"])
+        return found
+
+    async def consumer(self, stream: str, subject: str, **start: Any) -> tuple[str, dict[str, Any]]:
+        """Make a consumer that only reads, and is forgotten when idle: its name, and what the server says of it."""
+        name = new_id()
+        settings = {
+            "name": name, "ack_policy": "none", "filter_subject": subject, "replay_policy": "instant",
+            "inactive_threshold": int(IDLE * 1e9), "mem_storage": True, "num_replicas": 1, **start,
+        }  # fmt: skip
+        found = await self.api(
+            f"CONSUMER.CREATE.{stream}.{name}.{subject}", stream_name=stream, config=settings, action="create"
+        )
+        return name, found
+
+    async def discard(self, stream: str, name: str) -> None:
+        """Let the server forget a consumer now; the answer does not matter."""
+        with contextlib.suppress(Unavailable):
+            await self.send(f"$JS.API.CONSUMER.DELETE.{stream}.{name}")
+
+
+def stream_of(topic: str) -> str:
+    """The stream of a topic: a stream's name has no dots."""
+    return topic.replace(".", "%")
+
+
+class Cursor:
+    """How far a partition is read."""
+
+    __slots__ = ("consumer", "delivered", "heard", "inbox", "index", "next", "token", "topic", "wanted")
+
+    def __init__(self, token: Any, topic: str, index: int, offset: int) -> None:
+        self.token = token
+        self.topic = topic
+        self.index = index
+        self.next = offset
+        """The offset that is wanted next."""
+        self.consumer = ""
+        """The name of its consumer on the server; empty when it needs a new one."""
+        self.inbox: Subscription | None = None
+        self.delivered = 0
+        """Messages that the consumer sent, by its own count."""
+        self.wanted = 0
+        """Messages that are still to come of the last pull."""
+        self.heard = 0.0
+
+
+class Feed:
+    """Reads partitions from offsets on and keeps what it read until it is taken.
+
+    Each partition has a consumer without acks on the server. When it misses a message, falls silent or is gone, it gets
+    a new one at the next offset.
+    """
+
+    def __init__(self, link: Link) -> None:
+        self._link = link
+        self._cursors: dict[Any, Cursor] = {}
+        self._ended: list[tuple[str, str, Subscription]] = []
+        self._buffer: deque[tuple[Cursor, Read]] = deque()
+        self._bytes = 0
+        self._ready = asyncio.Event()
+        self._work = asyncio.Event()
+        self._trouble: Unavailable | None = None
+        self._task: asyncio.Task[None] | None = None
+        link.on_lost.append(self._lost)
+
+    def seek(self, token: Any, topic: str, index: int, offset: int) -> None:
+        self.drop(token)
+        self._cursors[token] = Cursor(token, topic, index, offset)
+        self._work.set()
+        if self._task is None:
+            self._task = asyncio.create_task(self._run(), name="stentor nats reader")
+
+    def drop(self, token: Any) -> None:
+        cursor = self._cursors.pop(token, None)
+        if cursor is not None:
+            self._restart(cursor)
+
+    def _restart(self, cursor: Cursor) -> None:
+        if cursor.inbox is not None:
+            self._ended.append((stream_of(cursor.topic), cursor.consumer, cursor.inbox))
+        cursor.consumer, cursor.inbox, cursor.wanted = "", None, 0
+        self._work.set()
+
+    async def _clear(self) -> None:
+        """Let the server forget what ended."""
+        while self._ended:
+            stream, consumer, inbox = self._ended.pop()
+            with contextlib.suppress(nats.errors.Error, OSError):
+                await inbox.unsubscribe()
+            if consumer:
+                await self._link.discard(stream, consumer)
+
+    def _lost(self) -> None:
+        for cursor in self._cursors.values():
+            self._restart(cursor)
+
+    def _take(self, limit: int) -> list[Read]:
+        found: list[Read] = []
+        full = self._full
+        while self._buffer and len(found) < limit:
+            cursor, read = self._buffer.popleft()
+            self._bytes -= len(read.value)
+            if self._cursors.get(read.token) is cursor:
+                found.append(read)
+        if full and not self._full:
+            self._work.set()
+        return found
+
+    @property
+    def _full(self) -> bool:
+        return len(self._buffer) >= AHEAD or self._bytes > AHEAD_BYTES
+
+    async def read(self, limit: int, wait: float) -> list[Read]:
+        self._ready.clear()
+        found = self._take(limit)
+        if not found and wait > 0:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(wait):
+                    await self._ready.wait()
+            found = self._take(limit)
+        return found
+
+    def trouble(self) -> Unavailable | None:
+        trouble, self._trouble = self._trouble, None
+        return trouble
+
+    async def close(self) -> None:
+        self._link.on_lost.remove(self._lost)
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+        for token in list(self._cursors):
+            self.drop(token)
+        await self._clear()
+
+    async def _run(self) -> None:
+        """Make consumers where they are missing, ask for more where all has come."""
+        while True:
+            self._work.clear()
+            now = time.monotonic()
+            for cursor in self._cursors.values():
+                if cursor.wanted and now - cursor.heard > 2.5 * PULL_BEAT:
+                    self._restart(cursor)
+            await self._clear()
+            new = [cursor for cursor in self._cursors.values() if not cursor.consumer]
+            results = await asyncio.gather(*map(self._begin, new))
+            for cursor in list(self._cursors.values()):
+                if cursor.consumer and not cursor.wanted and not self._full:
+                    await self._pull(cursor)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(PULL_BEAT if all(results) else 0.2):
+                    if not all(results):
+                        await asyncio.sleep(0.2)
+                    await self._work.wait()
+
+    async def _begin(self, cursor: Cursor) -> bool:
+        stream, subject = stream_of(cursor.topic), f"{cursor.topic}.{cursor.index}"
+        start = {"deliver_policy": "by_start_sequence", "opt_start_seq": max(1, cursor.next)}
+        try:
+            inbox = await self._link.stream(lambda message: self._came(cursor, inbox, message))
+            try:
+                name, _ = await self._link.consumer(stream, subject, **start)
+            except BaseException:
+                self._ended.append((stream, "", inbox))
+                raise
+        except UnknownTopic as error:
+            self._fail(Dropped(str(error)))
+            return False
+        except BrokerError as error:
+            self._fail(error if isinstance(error, Unavailable) else Unavailable(str(error)))
+            return False
+        cursor.consumer, cursor.inbox, cursor.delivered = name, inbox, 0
+        if self._cursors.get(cursor.token) is not cursor:
+            self._restart(cursor)
+        return True
+
+    async def _pull(self, cursor: Cursor) -> None:
+        body = {
+            "batch": PULL, "expires": int(PULL_EXPIRES * 1e9), "idle_heartbeat": int(PULL_BEAT * 1e9),
+            "max_bytes": AHEAD_BYTES,
+        }  # fmt: skip
+        assert cursor.inbox is not None
+        cursor.wanted, cursor.heard = PULL, time.monotonic()
+        subject = f"$JS.API.CONSUMER.MSG.NEXT.{stream_of(cursor.topic)}.{cursor.consumer}"
+        try:
+            await self._link.send(subject, _encode(body), cursor.inbox.subject)
+        except Unavailable as error:
+            self._restart(cursor)
+            self._fail(error)
+
+    def _fail(self, trouble: Unavailable) -> None:
+        self._trouble = trouble
+        self._ready.set()
+
+    def _came(self, cursor: Cursor, inbox: Subscription, message: Msg) -> None:
+        if cursor.inbox is not inbox:
+            return  # it has a new one by now
+        cursor.heard = time.monotonic()
+        told = status(message)
+        if told == "100":
+            return
+        if told in ("404", "408"):
+            cursor.wanted = 0
+            self._work.set()
+            return
+        if told:
+            whole = (message.headers or {}).get("Description", "")
+            if told == "409" and ("Batch" in whole or "Size" in whole):
+                cursor.wanted = 0
+                self._work.set()
+            else:
+                self._restart(cursor)
+            return
+        place = Place.of(message)
+        if place.delivered != cursor.delivered + 1:
+            self._restart(cursor)
+            return
+        cursor.delivered = place.delivered
+        cursor.next = place.offset + 1
+        cursor.wanted -= 1
+        self._bytes += len(message.data)
+        self._buffer.append((cursor, Read(cursor.token, place.offset, place.time, message.data)))
+        self._trouble = None
+        self._ready.set()
+        if not cursor.wanted:
+            self._work.set()
