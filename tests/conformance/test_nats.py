@@ -10,13 +10,15 @@ pytestmark = [pytest.mark.server, pytest.mark.slow]
 
 
 class Nats:
+    kind = "nats"
+
     @pytest.fixture(autouse=True)
     def keep_house_often(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(log, "HOUSEKEEPING", 0.2)
 
     @pytest.fixture
     def broker_url(self, tmp_path_factory: pytest.TempPathFactory) -> str:
-        return fresh(server_url("nats", tmp_path_factory), lease=1, beat=0.25, partitions=4)
+        return fresh(server_url(self.kind, tmp_path_factory), lease=1, beat=0.25, partitions=4)
 
 
 class TestNats(Nats, Rules):
@@ -25,3 +27,9 @@ class TestNats(Nats, Rules):
 
 class TestNatsProcesses(Nats, Faults, Soak):
     pass
+
+
+class TestNats29(Nats, Rules):
+    """Debian's, without atomic batches."""
+
+    kind = "nats29"

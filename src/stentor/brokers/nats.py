@@ -34,6 +34,7 @@ BATCH = 1000
 """Messages of an atomic batch; the server's limit."""
 SINGLY = 20
 """Below so many messages each is faster by itself."""
+OPEN_PATIENCE = 5.0
 OVERHEAD = 4096
 """Bytes of a message that are not its payload, at most."""
 
@@ -130,12 +131,13 @@ class NatsBroker(LogStateBroker):
 
     async def _reach(self, link: Link) -> None:
         try:
-            await link.open()
+            async with asyncio.timeout(OPEN_PATIENCE):
+                await link.open()
         except ssl.SSLError as error:
             raise AuthenticationFailed(f"{self}: {error}") from None
         except (nats.errors.Error, OSError, TimeoutError) as error:
-            text = " ".join(f"{error} {link.trouble}".split()) or type(error).__name__
-            if "uthoriz" in text or "uthenticat" in text:
+            text = link.trouble or " ".join(str(error).split()) or f"no answer within {OPEN_PATIENCE:g} s"
+            if any(word in text for word in ("uthoriz", "uthenticat", "CERTIFICATE")):
                 raise AuthenticationFailed(f"{self}: {text}") from None
             raise Unavailable(f"{self} cannot be reached: {text}") from None
 

@@ -101,6 +101,7 @@ class Link:
         self.nc = Client()
         self.on_lost: list[Callable[[], None]] = []
         self.trouble = ""
+        self._opened = False
 
     async def open(self) -> None:
         """Connect, at once or not at all; from then on it connects again by itself, for ever. Raises what nats-py
@@ -111,13 +112,14 @@ class Link:
             disconnected_cb=self._lost, error_cb=self._failed, pending_size=0, connect_timeout=3, ping_interval=2,
             max_outstanding_pings=2, name="stentor",
         )  # fmt: skip
-        self.nc.options["allow_reconnect"] = True
+        self.nc.options["allow_reconnect"] = self._opened = True
         await self.nc.subscribe(f"{self._inbox}.*", cb=self._came)
 
     async def close(self) -> None:
         self._lose()
-        with contextlib.suppress(nats.errors.Error, OSError, TimeoutError):
-            await self.nc.close()
+        if self._opened:  # a client that never connected cannot be closed
+            with contextlib.suppress(nats.errors.Error, OSError, TimeoutError):
+                await self.nc.close()
 
     async def _failed(self, error: Exception) -> None:
         self.trouble = " ".join(str(error).split()) or type(error).__name__
@@ -230,7 +232,7 @@ class Link:
 
 def stream_of(topic: str) -> str:
     """The stream of a topic: a stream's name has no dots."""
-    return topic.replace(".", "%")
+    return topic.replace(".", "~")  # not "%": NATS 2.9 delivers nothing of such a stream
 
 
 class Cursor:

@@ -1,0 +1,127 @@
+"""What is special about NATS: its faults, its security, its streams, and what a message from elsewhere becomes."""
+
+import json
+
+import pytest
+
+from stentor.brokers.nats import NatsBroker
+from stentor.connect import connect
+from stentor.errors import AuthenticationFailed, ConfigError, StentorError
+from stentor.event import Topic
+from stentor.message import Message
+from tests.faults import ServerFaults
+from tests.real import fresh, server_url
+
+pytestmark = [pytest.mark.server, pytest.mark.slow]
+
+
+# nats-py leaves the socket of a connection attempt that failed half-way to the garbage collector.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+class TestNatsServer(ServerFaults):
+    name = "nats"
+    options = {"lease": 1, "beat": 0.25}  # noqa: RUF012
+
+
+@pytest.fixture
+def plain(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return fresh(server_url("nats", tmp_path_factory))
+
+
+@pytest.fixture
+def secure(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return fresh(server_url("nats", tmp_path_factory, secure=True))
+
+
+def message(id: str, key: str | None = None) -> Message:
+    return Message(id=id, source="s", type="x", topic="t", data=b"{}", key=key)
+
+
+async def opened(url: str) -> NatsBroker:
+    broker = connect(url)
+    assert isinstance(broker, NatsBroker)
+    await broker.open()
+    return broker
+
+
+async def test_tls_and_a_password(secure: str) -> None:
+    broker = await opened(secure)
+    try:
+        await broker.declare([Topic("t")], [])
+        await broker.publish([message("1")])
+        assert [found.id async for _, found in broker.browse("t", "earliest", follow=False)] == ["1"]
+        assert await broker.health() is None
+    finally:
+        await broker.close()
+
+
+@pytest.mark.parametrize(
+    ("right", "wrong"), [("@localhost", "x@localhost"), ("&ca=", "&durable=host&namespace=x&nota=")]
+)
+async def test_what_is_wrong_is_said_at_once(secure: str, right: str, wrong: str) -> None:
+    """A wrong password, an authority that nobody knows."""
+    url = secure.replace(right, wrong, 1)
+    if "nota" in wrong:
+        url = secure.partition("&ca=")[0]
+    with pytest.raises(StentorError) as raised:
+        await opened(url)
+    assert isinstance(raised.value, AuthenticationFailed), raised.value
+    assert "secret" not in str(raised.value)
+
+
+async def test_another_number_of_partitions(plain: str) -> None:
+    first = await opened(f"{plain}&partitions=2")
+    second = await opened(f"{plain}&partitions=3")
+    try:
+        await first.make_topic(f"{first.prefix}t", 2)
+        with pytest.raises(ConfigError, match="has 2 partitions, not 3; write partitions=2"):
+            await second.declare([Topic("t")], [])
+    finally:
+        await first.close()
+        await second.close()
+
+
+async def test_subjects_of_another_stream(plain: str) -> None:
+    broker = await opened(plain)
+    try:
+        taken = f"{broker.prefix}t.*"
+        await broker.link.api("STREAM.CREATE.other", name=f"other{broker.prefix.strip('.')}", subjects=[taken])
+    except StentorError:  # the name is in the call, too
+        await broker.link.api(
+            f"STREAM.CREATE.other{broker.prefix.strip('.')}", name=f"other{broker.prefix.strip('.')}", subjects=[taken]
+        )
+    try:
+        with pytest.raises(ConfigError, match="its subjects are another stream's"):
+            await broker.declare([Topic("t")], [])
+    finally:
+        await broker.close()
+
+
+@pytest.mark.parametrize("kind", ["nats", "nats29"])
+async def test_many_of_one_key_keep_their_order(kind: str, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """In atomic batches where the server has them, else one after the other."""
+    broker = await opened(fresh(server_url(kind, tmp_path_factory)))
+    try:
+        await broker.declare([Topic("t")], [])
+        few = [message(str(n), "a") for n in range(5)]
+        many = [message(str(n), "a") for n in range(5, 2505 if kind == "nats" else 105)]
+        await broker.publish(few)
+        await broker.publish(many)
+        found = [found.id async for _, found in broker.browse("t", "earliest", follow=False)]
+        assert found == [one.id for one in few + many]
+        [lag_end] = [end for _, end in await broker.bounds(f"{broker.prefix}t", [0])]
+        assert lag_end == len(few + many) + 1
+    finally:
+        await broker.close()
+
+
+async def test_what_others_publish(plain: str) -> None:
+    """A plain message on a subject of a topic is an event without attributes of its own."""
+    broker = await opened(plain)
+    try:
+        await broker.declare([Topic("t", partitions=1)], [])
+        await broker.native.publish(f"{broker.prefix}t.0", json.dumps({"a": 1}).encode())
+        await broker.native.flush()
+        [found] = [found async for _, found in broker.browse("t", "earliest", follow=False)]
+        assert found.data == b'{"a": 1}'
+    finally:
+        await broker.close()
