@@ -54,7 +54,7 @@ LIBRARIES = {  # who may import which library, by module or folder; a broker's c
     "psutil": {"testing"},
     "matplotlib": {"capacity.plot"},
     "confluent_kafka": {"brokers.kafka", "brokers.kafka_client"},
-    "nats": {"brokers.nats"},
+    "nats": {"brokers.nats", "brokers.nats_client"},
     "psycopg": {"brokers.postgresql"},
     "pika": {"brokers.rabbitmq"},
     "redis": {"brokers.redis"},

@@ -348,13 +348,14 @@ class KafkaBroker(LogStateBroker):
     async def _offsets(self, topic: str, partitions: Sequence[int], what: OffsetSpec) -> list[int]:
         asked = {TopicPartition(topic, index): what for index in partitions}
         began = time.monotonic()
-        for wait in (0.02, 0.1, 0.5, 1.0, 0.0):
+        for wait in (0.02, 0.1, 0.5, *[1.0] * 6, 0.0):
             try:
                 answers = await self._answer(self._asked().list_offsets(asked, request_timeout=ASK_PATIENCE))
                 found = {cell.partition: answer.offset for cell, answer in answers.items()}
                 return [found[index] for index in partitions]
             except (UnknownTopic, Unavailable) as error:  # it was made, moved or cut off just now
-                if not wait or time.monotonic() - began > ASK_PATIENCE + 2:
+                gone = isinstance(error, UnknownTopic) and wait > 0.5
+                if gone or not wait or time.monotonic() - began > ASK_PATIENCE + 2:
                     raise
                 if isinstance(error, _Moving):  # the client asks with the leader's old epoch for ever
                     self._admin = self._make_admin()
