@@ -234,9 +234,12 @@ class KafkaBroker(LogStateBroker):
         """What the server answers to each of several questions; the first refusal is raised."""
         futures = [asyncio.wrap_future(future) for future in asked.values()]
         try:
-            answers = await asyncio.gather(*futures)
+            async with asyncio.timeout(ASK_PATIENCE + 5):
+                answers = await asyncio.gather(*futures)
+        except TimeoutError:
+            raise Unavailable(f"{self} does not answer") from None
         except KafkaException as error:
-            await asyncio.gather(*futures, return_exceptions=True)
+            await asyncio.wait(futures, timeout=ASK_PATIENCE + 5)
             raise _failure(self, error.args[0]) from None
         return dict(zip(asked, answers, strict=True))
 
@@ -350,14 +353,16 @@ class KafkaBroker(LogStateBroker):
         began = time.monotonic()
         for wait in (0.02, 0.1, 0.5, *[1.0] * 6, 0.0):
             try:
-                answers = await self._answer(self._asked().list_offsets(asked, request_timeout=ASK_PATIENCE))
+                admin = self._asked()  # held until it has answered: one that is let go of never does
+                answers = await self._answer(admin.list_offsets(asked, request_timeout=ASK_PATIENCE))
                 found = {cell.partition: answer.offset for cell, answer in answers.items()}
                 return [found[index] for index in partitions]
             except (UnknownTopic, Unavailable) as error:  # it was made, moved or cut off just now
                 gone = isinstance(error, UnknownTopic) and wait > 0.5
                 if gone or not wait or time.monotonic() - began > ASK_PATIENCE + 2:
                     raise
-                if isinstance(error, _Moving):  # the client asks with the leader's old epoch for ever
+                # The client asks with the leader's old epoch for ever.
+                if isinstance(error, _Moving) and self._admin is admin:
                     self._admin = self._make_admin()
                 await asyncio.sleep(wait)
         raise AssertionError
