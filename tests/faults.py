@@ -210,6 +210,17 @@ class Proxy:
             link.swallows.update(ways)
 
 
+def where(waiting: Any) -> list[str]:
+    """Where a suspended coroutine stands: from its own line to that of what it waits for in the end."""
+    found: list[str] = []
+    while waiting is not None:
+        frame = getattr(waiting, "cr_frame", None) or getattr(waiting, "gi_frame", None)
+        if frame is not None:
+            found.append(f"{frame.f_code.co_name}:{frame.f_lineno}")
+        waiting = getattr(waiting, "cr_await", None) or getattr(waiting, "gi_yieldfrom", None)
+    return found
+
+
 class Load:
     """Publishers that never give up: what is not confirmed they publish again, in order, under the same ids."""
 
@@ -251,7 +262,15 @@ class Load:
                     task.result()
             return len(published) >= enough and self._fleet.handled().issuperset(published[:enough])
 
-        await until(further, "publishing and handling go on", patience)
+        try:
+            await until(further, "publishing and handling go on", patience)
+        except AssertionError as error:
+            left = set(published[:enough]) - self._fleet.handled()
+            stands = "\n".join(" < ".join(reversed(where(task.get_coro()))) for task in self._tasks)
+            pytest.fail(
+                f"{error}; published {len(published)} of {enough}, not handled {sorted(left)[:5]}, refused "
+                f"{dict(self.refused)}\n{stands}"
+            )
 
     async def end(self) -> None:
         """Stop publishing, once all is confirmed that was begun."""

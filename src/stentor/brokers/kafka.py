@@ -352,8 +352,8 @@ class KafkaBroker(LogStateBroker):
         asked = {TopicPartition(topic, index): what for index in partitions}
         began = time.monotonic()
         for wait in (0.02, 0.1, 0.5, *[1.0] * 6, 0.0):
+            admin = self._asked()  # held until it has answered: one that is let go of never does
             try:
-                admin = self._asked()  # held until it has answered: one that is let go of never does
                 answers = await self._answer(admin.list_offsets(asked, request_timeout=ASK_PATIENCE))
                 found = {cell.partition: answer.offset for cell, answer in answers.items()}
                 return [found[index] for index in partitions]
