@@ -471,7 +471,7 @@ async def test_a_delayed_event_is_not_early_and_survives_a_restart_of_the_app() 
     ("url", "complaint"),
     [
         ("memory", "broker 'memory' is no URL; write for example sqlite:///stentor.db"),
-        ("carrier-pigeon://loft", "no broker for carrier-pigeon://; installed are kafka, memory, nats, postgresql"),
+        ("carrier-pigeon://loft", "no broker for carrier-pigeon://; installed are amqp, amqps, kafka, memory, nats"),
         (
             "memory://?max_byte=5",
             "memory://: unknown option max_byte; memory knows max_bytes, namespace, password_file",

@@ -45,6 +45,8 @@ class Features(Struct, frozen=True, kw_only=True):
     browse: bool
     restart: bool = True
     """Its content outlives a restart of the broker."""
+    placed: bool = True
+    """Receipts say the position; else it is None, and only browsing tells."""
     max_bytes: int = 8 * 1024 * 1024
     """The largest message: attributes and data together."""
 

@@ -79,6 +79,8 @@ def _hide(text: str) -> str:
 _BUILT_IN = {
     "memory": ("stentor.brokers.memory:MemoryBroker", ""),
     "sqlite": ("stentor.brokers.sqlite:SqliteBroker", ""),
+    "amqp": ("stentor.brokers.rabbitmq:RabbitMQBroker", "rabbitmq"),
+    "amqps": ("stentor.brokers.rabbitmq:RabbitMQBroker", "rabbitmq"),
     "kafka": ("stentor.brokers.kafka:KafkaBroker", "kafka"),
     "nats": ("stentor.brokers.nats:NatsBroker", "nats"),
     "postgresql": ("stentor.brokers.postgresql:PostgresBroker", "postgresql"),

@@ -124,7 +124,10 @@ class Failure(Struct):
 
 
 class Receipt(Struct, frozen=True):
-    """What ``publish`` returns: the event's id, its topic, and its place there (None while it is delayed)."""
+    """What ``publish`` returns: the event's id, its topic, and its place there.
+
+    The place is None while the event is delayed, and where the broker does not tell it (``features.placed``).
+    """
 
     id: str
     topic: str

@@ -30,7 +30,7 @@ from stentor.brokers.heartbeat import Heart, Heartbeat
 from stentor.brokers.log_admin import LogAdmin
 from stentor.brokers.log_consumer import LogConsumer, free_owner
 from stentor.brokers.staging import DELAY_TOPIC, Staging
-from stentor.brokers.storage import DUPLICATE, Entry, GroupRecord, Reader, Stored, TopicRecord, Write
+from stentor.brokers.storage import DUPLICATE, UNPLACED, Entry, GroupRecord, Reader, Stored, TopicRecord, Write
 from stentor.brokers.wire import pack, pack_delayed
 from stentor.clock import Clock, seconds
 from stentor.connect import BrokerUrl
@@ -127,7 +127,7 @@ class LogBroker:
         raise NotImplementedError
 
     async def append(self, entries: Sequence[Entry]) -> Sequence[int | StentorError]:
-        """Store entries durably; an offset, DUPLICATE or an error for each.
+        """Store entries durably; an offset, DUPLICATE, UNPLACED or an error for each.
 
         One call at a time. An entry is not stored when one of its key before it was not. Raises Unavailable when
         nothing was sent.
@@ -421,7 +421,7 @@ class LogBroker:
                 failed.append((message, result))
             elif result == DUPLICATE:
                 receipts.append(Receipt(message.id, message.topic, None, True))
-            elif message.due > now:
+            elif message.due > now or result == UNPLACED:
                 receipts.append(Receipt(message.id, message.topic, None))
             else:
                 place = self.position(self._topics[message.topic][0], entry.partition, result)

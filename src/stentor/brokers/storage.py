@@ -14,6 +14,10 @@ DUPLICATE = -1
 """What ``append`` answers for a message whose source and id are stored already."""
 
 
+UNPLACED = -2
+"""What ``append`` answers for a stored message where the server does not tell its offset (``features.placed``)."""
+
+
 class Entry(NamedTuple):
     """A message ready to be appended; ``due`` is 0 unless the server is to hold it back."""
 

@@ -29,7 +29,8 @@ class Publishing(Scene):
                 _ = [entry async for entry in other.browse("jobs", "earliest", follow=False)]
             return
         [(offset, message)] = [entry async for entry in other.browse("jobs", "earliest", follow=False)]
-        assert (offset, message.id, message.topic) == (receipt.position, receipt.id, receipt.topic)
+        assert (message.id, message.topic) == (receipt.id, receipt.topic)
+        assert receipt.position == (offset if stage.features.placed else None)
         assert (message.key, message.type, message.subject) == ("a", "conformance.job", "s")
         assert message.extensions == {"tenant": "t", "weight": 3}
         assert b"\xc3\xb6" in message.data
@@ -53,7 +54,8 @@ class Publishing(Scene):
     async def test_r01_publishers_at_once(self, stage: Stage) -> None:
         """A thousand publishes that wait at once are all stored, each once."""
         receipts = await asyncio.gather(*(stage.publish(Job(key=f"k{n % 7}", n=n)) for n in range(1000)))
-        assert len({(n % 7, receipt.position) for n, receipt in enumerate(receipts)}) == 1000
+        if stage.features.placed:
+            assert len({(n % 7, receipt.position) for n, receipt in enumerate(receipts)}) == 1000
         assert len(await stage.browse("jobs")) == 1000
 
     async def test_r01_unconfirmed_publish(self, stage: Stage) -> None:

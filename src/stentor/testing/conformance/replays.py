@@ -71,7 +71,7 @@ class Replays(Scene):
             await stage.publish([Job(key="a", n=n) for n in (4, 5)])
             await stage.settled("shop.work")
             seen.clear()
-            assert await stage.broker.admin.replay("shop.work", receipts[2].position) == 4
+            assert await stage.broker.admin.replay("shop.work", await stage.position(receipts[2])) == 4
             await until(lambda: seen == [2, 3, 4, 5])
             await stage.settled("shop.work")
             seen.clear()
@@ -93,7 +93,7 @@ class Replays(Scene):
         receipts = await stage.publish(jobs("a", 5))
         async with stage.running(app, connect_only=True):
             pass
-        await stage.broker.admin.replay("fresh", receipts[3].position)
+        await stage.broker.admin.replay("fresh", await stage.position(receipts[3]))
         async with stage.running(app):
             await stage.settled("fresh")
         assert seen == [3, 4]

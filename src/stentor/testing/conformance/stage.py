@@ -138,6 +138,13 @@ class Stage:
         """All messages that a topic holds."""
         return [message async for _, message in self.broker.browse(topic, "earliest", follow=False)]
 
+    async def position(self, receipt: Receipt) -> int:
+        """Where a published event lies: its receipt says so, or nothing."""
+        found = self.broker.browse(receipt.topic, "earliest", follow=False)
+        [place] = [place async for place, message in found if message.id == receipt.id]
+        assert receipt.position in (place, None)
+        return place
+
     async def letters(self, group: str) -> list[DeadLetter]:
         """The dead letters of a group, oldest first."""
         return [decode_dead_letter(message.data) for message in await self.browse(dead_topic(group))]

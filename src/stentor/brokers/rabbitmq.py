@@ -1,0 +1,593 @@
+"""The RabbitMQ broker: a stream for each partition, read from offsets on; spaces and leases are streams, too.
+
+Queues lose the order of what is given back, streams give nothing back: ``docs/decisions`` says more. AMQP 0.9.1 tells
+neither where a message was stored nor where a stream ends; the first is left open, the second is read.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ssl
+import struct
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+from urllib.parse import unquote
+
+from stentor.broker import Features
+from stentor.brokers.log_state import LogStateBroker, Read, encode_lease
+from stentor.brokers.logstore import Dropped
+from stentor.brokers.rabbitmq_wire import NOT_FOUND, Channel, Connection, Login, Lost, Refused, Timestamp, short, table
+from stentor.brokers.storage import UNPLACED, Entry, Stored
+from stentor.brokers.wire import CONTENT_TYPE, unpack
+from stentor.clock import Clock
+from stentor.connect import BrokerUrl
+from stentor.errors import (
+    AuthenticationFailed,
+    BrokerError,
+    ConfigError,
+    PublishUnknown,
+    StentorError,
+    Unavailable,
+    UnknownTopic,
+)
+
+ASK_PATIENCE = 10.0
+"""Seconds that the server has for an answer."""
+OPEN_PATIENCE = 5.0
+HEARTBEAT = 4
+"""Seconds of silence after which a connection counts as lost, about."""
+AHEAD = 500
+"""Messages of a partition that are read ahead."""
+AHEAD_BYTES = 16 * 1024 * 1024
+LAST = 60_000
+"""More messages than are published at once: so many are read from the last ones on."""
+COUNTED = 100
+"""So many waiting messages are looked at one by one, as some may be ours."""
+
+_REFUSED = {403, 530}
+_PRECONDITION = 406
+_OFFSET, _TIME = b"\x0fx-stream-offsetl", b"\x0cstentor-timel"
+_NOTHING = b"-"
+"""The body of the message that a stream begins with: one that has none would not tell where it ends."""
+
+_long = struct.Struct(">q").unpack_from
+
+
+def _properties() -> bytes:
+    """Those of a message that is published now: it is told nowhere else when it was."""
+    return b"\xa0\x00" + short(CONTENT_TYPE) + table({"stentor-time": int(time.time() * 1000)})
+
+
+def _place(header: bytes) -> tuple[int, float]:
+    """The offset of a delivered message, and when it was published."""
+    at, then = header.find(_OFFSET), header.find(_TIME)
+    moment = 0.0 if then < 0 else _long(header, then + len(_TIME))[0] / 1000
+    return (_long(header, at + len(_OFFSET))[0] if at >= 0 else 0), moment
+
+
+def _failure(who: object, error: Exception) -> BrokerError:
+    """What a refusal, or the loss of a connection, means."""
+    if isinstance(error, Refused):
+        if error.code == NOT_FOUND and "no queue" in str(error):  # else it is there, and its process is not
+            return UnknownTopic(f"{who}: {error}")
+        if error.code in _REFUSED:
+            return AuthenticationFailed(f"{who}: {error}")
+        if error.code == _PRECONDITION:
+            return ConfigError(f"{who}: {error}")  # type: ignore[return-value]
+    return Unavailable(f"{who}: {error}")
+
+
+async def _declare(queue: str, settings: dict[str, Any] | None, channel: Channel) -> None:
+    await channel.declare(queue, settings)
+
+
+class Line:
+    """A connection that is opened when it is needed, and anew when it was lost, with one channel that confirms."""
+
+    def __init__(self, who: object, login: Login) -> None:
+        self.who = who
+        self.login = login
+        self._connection: Connection | None = None
+        self._channel: Channel | None = None
+        self._lock = asyncio.Lock()
+
+    async def connection(self) -> Connection:
+        """Raises AuthenticationFailed or Unavailable."""
+        async with self._lock:
+            if self._connection is None or self._connection.closed:
+                self._channel = None
+                try:
+                    self._connection = await Connection.open(self.login, OPEN_PATIENCE)
+                except ssl.SSLError as error:
+                    raise AuthenticationFailed(f"{self.who}: {' '.join(str(error).split())}") from None
+                except (Lost, Refused) as error:
+                    raise _failure(self.who, error) from None
+            return self._connection
+
+    async def channel(self) -> Channel:
+        """A channel of its own. Raises as ``connection``."""
+        connection = await self.connection()
+        try:
+            async with asyncio.timeout(ASK_PATIENCE):
+                return await connection.channel()
+        except (Lost, Refused) as error:
+            raise _failure(self.who, error) from None
+        except TimeoutError:
+            connection.abort()
+            raise Unavailable(f"{self.who} does not answer within {ASK_PATIENCE:g} s") from None
+
+    async def confirming(self) -> Channel:
+        """The channel to publish on. Raises as ``connection``."""
+        known = self._channel
+        if known is not None and known.error is None:
+            return known
+        channel = await self.channel()
+        try:
+            await channel.confirms()
+        except (Lost, Refused) as error:
+            raise _failure(self.who, error) from None
+        if self._channel is None or self._channel.error is not None:
+            self._channel = channel
+        return self._channel
+
+    async def close(self) -> None:
+        if self._connection is not None:
+            await self._connection.close()
+            self._connection = self._channel = None
+
+
+class Cursor:
+    """How far a partition is read."""
+
+    __slots__ = ("channel", "index", "next", "tag", "taken", "token", "topic")
+
+    def __init__(self, token: Any, topic: str, index: int, offset: int) -> None:
+        self.token = token
+        self.topic = topic
+        self.index = index
+        self.next = offset
+        """The offset that is wanted next."""
+        self.channel: Channel | None = None
+        self.tag = 0
+        """The last delivery that was taken."""
+        self.taken = 0
+        """How many were taken since room was given for more."""
+
+
+class Feed:
+    """Reads partitions from offsets on and keeps what it read until it is taken; it has a connection of its own."""
+
+    def __init__(self, line: Line) -> None:
+        self._line = line
+        self._cursors: dict[Any, Cursor] = {}
+        self._buffer: deque[tuple[Cursor, Channel, int, Read]] = deque()
+        self._bytes = 0
+        self._ready = asyncio.Event()
+        self._work = asyncio.Event()
+        self._trouble: Unavailable | None = None
+        self._task: asyncio.Task[None] | None = None
+        self._connection: Connection | None = None
+
+    def seek(self, token: Any, topic: str, index: int, offset: int) -> None:
+        self.drop(token)
+        self._cursors[token] = Cursor(token, topic, index, offset)
+        self._work.set()
+        if self._task is None:
+            self._task = asyncio.create_task(self._run(), name="stentor rabbitmq reader")
+
+    def drop(self, token: Any) -> None:
+        cursor = self._cursors.pop(token, None)
+        if cursor is not None and cursor.channel is not None:
+            cursor.channel.close()
+
+    def _take(self, limit: int) -> list[Read]:
+        found: list[Read] = []
+        while self._buffer and len(found) < limit:
+            cursor, channel, tag, read = self._buffer.popleft()
+            self._bytes -= len(read.value)
+            if cursor.channel is channel:
+                cursor.taken += 1
+                if cursor.taken >= AHEAD // 4:
+                    cursor.taken = 0
+                    channel.ack(tag)
+            if self._cursors.get(read.token) is cursor and read.value != _NOTHING:
+                found.append(read)
+        if self._connection is not None and self._bytes < AHEAD_BYTES:
+            self._connection.resume()
+        return found
+
+    async def read(self, limit: int, wait: float) -> list[Read]:
+        self._ready.clear()
+        found = self._take(limit)
+        if not found and wait > 0:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(wait):
+                    await self._ready.wait()
+            found = self._take(limit)
+        return found
+
+    def trouble(self) -> Unavailable | None:
+        trouble, self._trouble = self._trouble, None
+        return trouble
+
+    async def close(self) -> None:
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+        self._cursors.clear()
+        await self._line.close()
+
+    async def _run(self) -> None:
+        while True:
+            self._work.clear()
+            good = True
+            for cursor in list(self._cursors.values()):
+                if cursor.channel is None:
+                    good = await self._begin(cursor) and good
+            if not good:
+                await asyncio.sleep(0.2)
+                continue
+            await self._work.wait()
+
+    async def _begin(self, cursor: Cursor) -> bool:
+        found: BrokerError
+        try:
+            channel = await self._line.channel()
+        except BrokerError as error:
+            self._fail(error if isinstance(error, Unavailable) else Unavailable(str(error)))
+            return False
+        try:
+            self._connection = channel.connection
+            channel.arrived = lambda whose, tag, header, body: self._came(cursor, channel, tag, header, body)
+            channel.ended = lambda: self._ended(cursor, channel)
+            cursor.channel, cursor.taken = channel, 0
+            async with asyncio.timeout(ASK_PATIENCE):
+                await channel.qos(AHEAD)
+                await channel.consume(f"{cursor.topic}.{cursor.index}", "a", cursor.next)
+        except (Lost, Refused) as error:
+            found = _failure(self._line.who, error)
+        except TimeoutError:
+            channel.connection.abort()
+            found = Unavailable(f"{self._line.who} does not answer within {ASK_PATIENCE:g} s")
+        else:
+            if self._cursors.get(cursor.token) is not cursor:
+                channel.close()
+            return True
+        cursor.channel = None
+        if isinstance(found, UnknownTopic):
+            self._fail(Dropped(str(found)))
+        else:
+            self._fail(found if isinstance(found, Unavailable) else Unavailable(str(found)))
+        return False
+
+    def _fail(self, trouble: Unavailable) -> None:
+        self._trouble = trouble
+        self._ready.set()
+
+    def _ended(self, cursor: Cursor, channel: Channel) -> None:
+        if cursor.channel is channel:
+            cursor.channel = None
+            self._work.set()
+
+    def _came(self, cursor: Cursor, channel: Channel, tag: int, header: bytes, body: bytes) -> None:
+        offset, moment = _place(header)
+        if cursor.channel is not channel:
+            return
+        value = body if offset >= cursor.next else _NOTHING  # a stream is read from the beginning of a chunk
+        cursor.next = max(cursor.next, offset + 1)
+        self._bytes += len(value)
+        self._buffer.append((cursor, channel, tag, Read(cursor.token, offset, moment, value)))
+        self._trouble = None
+        self._ready.set()
+        if self._bytes > AHEAD_BYTES:
+            channel.connection.pause()
+
+
+class RabbitMQBroker(LogStateBroker):
+    """``amqp://[user:password@]host[:5672][/vhost]``, ``amqps://`` for TLS. RabbitMQ 3.10 or newer.
+
+    Options: those of ``LogBroker``, ``ca``, ``cert``, ``key`` (files; TLS always verifies the server) and ``replicas``
+    (of the streams that this program makes, default: one for each node).
+    """
+
+    def __init__(self, url: BrokerUrl, clock: Clock) -> None:
+        super().__init__(url, clock)
+        ca, cert, key = (url.option(name, "") for name in ("ca", "cert", "key"))
+        context = None
+        if url.scheme == "amqps":
+            try:
+                context = ssl.create_default_context(cafile=ca or None)
+                if cert:
+                    context.load_cert_chain(cert, key or None)
+            except (OSError, ssl.SSLError) as error:
+                raise ConfigError(f"{url}: the certificates cannot be read: {error}") from None
+        host, _, port = url.host.partition(":")
+        user = (url.user or "guest") if not cert or url.user else None
+        self._login = Login(
+            host or "localhost", int(port or (5671 if context else 5672)), unquote(url.path.strip("/")) or "/", user,
+            url.password or ("" if url.user else "guest"), context, HEARTBEAT,
+        )  # fmt: skip
+        self._replicas = url.option("replicas", 0, int)
+        self.features = Features(
+            name="rabbitmq", durable="replica" if self._replicas >= 3 else "process", shared=True, atomic=False,
+            dedupe=False, replay=True, cancel=True, browse=True, placed=False,
+        )  # fmt: skip
+        self._data = Line(self, self._login)
+        self._state = Line(self, self._login)
+        self._asking = Line(self, self._login)
+
+    # ---- life -------------------------------------------------------------------------------------------------------
+
+    @property
+    def native(self) -> Connection:
+        """The connection that events are published with."""
+        if self._data._connection is None:
+            raise Unavailable(f"{self} is not open")
+        return self._data._connection
+
+    def line(self) -> Line:
+        """A connection more, which is not open yet."""
+        return Line(self, self._login)
+
+    async def connect(self) -> None:
+        try:
+            await self._data.confirming()
+            await self.open_state()
+        except BaseException:
+            await self.disconnect()
+            raise
+
+    async def disconnect(self) -> None:
+        await self.close_state()
+        for line in (self._data, self._state, self._asking):
+            await line.close()
+
+    async def ping(self) -> None:
+        connection = await self._data.connection()
+        if connection.blocked:
+            raise Unavailable(f"{self} takes no events now: {connection.blocked}")
+        await self._there(f"{self.lease_topic}.0")
+
+    # ---- asking -----------------------------------------------------------------------------------------------------
+
+    async def _call(self, call: Callable[[Channel], Any]) -> Any:
+        """What the server answers on a channel of its own. Raises UnknownTopic, ConfigError, Unavailable."""
+        channel = await self._asking.channel()
+        try:
+            async with asyncio.timeout(ASK_PATIENCE):
+                return await call(channel)
+        except (Lost, Refused) as error:
+            raise _failure(self, error) from None
+        except TimeoutError:
+            channel.connection.abort()
+            raise Unavailable(f"{self} does not answer within {ASK_PATIENCE:g} s") from None
+        finally:
+            channel.close()
+
+    async def _there(self, queue: str) -> None:
+        await self._call(partial(_declare, queue, None))
+
+    async def _read(
+        self, queue: str, start: int | str, enough: Callable[[list[tuple[int, float, bytes]]], bool] = bool
+    ) -> list[tuple[int, float, bytes]]:
+        """Messages of a stream (offset, time, body) from an offset on until there are enough, or all from "last" on."""
+        found: list[tuple[int, float, bytes]] = []
+        low = start if type(start) is int else 0
+
+        async def read(channel: Channel) -> None:
+            done = asyncio.Event()
+
+            def arrived(whose: int, tag: int, header: bytes, body: bytes) -> None:  # noqa: ARG001
+                channel.ack(tag)
+                place, moment = _place(header)
+                if place >= low and (start == "last" or not done.is_set()):
+                    found.append((place, moment, body))
+                    if enough(found):
+                        done.set()
+
+            channel.arrived, channel.ended = arrived, done.set
+            await channel.qos(LAST if start == "last" else AHEAD)
+            await channel.consume(queue, "a", start)
+            await done.wait()
+            if channel.error is not None:
+                raise channel.error
+            if start == "last":
+                await channel.qos(LAST)  # by its answer, all that was stored has arrived
+
+        await self._call(read)
+        return found
+
+    async def _end(self, topic: str, index: int) -> int:
+        """The offset behind the last message."""
+        return (await self._read(f"{topic}.{index}", "last"))[-1][0] + 1
+
+    # ---- data -------------------------------------------------------------------------------------------------------
+
+    async def make(self, topic: str, partitions: int = 1, keep: float = -1, *, fewer: bool = False) -> None:  # noqa: ARG002  a stream needs a majority
+        settings: dict[str, Any] = {"x-queue-type": "stream"}
+        if keep >= 0:
+            settings |= {"x-max-age": f"{int(keep)}s", "x-stream-max-segment-size-bytes": 1_000_000}
+        if self._replicas:
+            settings["x-initial-cluster-size"] = self._replicas
+        with contextlib.suppress(UnknownTopic):
+            await self._there(f"{topic}.{partitions}")
+            raise ConfigError(f"{self}: topic {topic} has more partitions than {partitions}; write as many there")
+        missing = []
+        for index in range(partitions):
+            try:
+                await self._there(f"{topic}.{index}")
+            except UnknownTopic:
+                missing.append(index)
+        if missing and missing[0]:
+            count = missing[0]
+            raise ConfigError(
+                f"{self}: topic {topic} has {count} partitions, not {partitions}; write partitions={count} there"
+            )
+        for index in reversed(missing):  # the first one last: with it the topic is whole
+            queue = f"{topic}.{index}"
+            await self._call(partial(_declare, queue, settings))
+            await self._tell(queue, _NOTHING)
+
+    async def remove(self, topic: str) -> None:
+        with contextlib.suppress(UnknownTopic):
+            await self._call(lambda channel: channel.delete(f"{topic}.0"))
+
+    async def append(self, entries: Sequence[Entry]) -> Sequence[int | StentorError]:
+        channel = await self._data.confirming()
+        connection = channel.connection
+        if connection.blocked:
+            try:
+                async with asyncio.timeout(OPEN_PATIENCE):
+                    await connection.unblocked.wait()
+            except TimeoutError:
+                raise Unavailable(f"{self} takes no events now: {connection.blocked}") from None
+        queues = [f"{entry.topic}.{entry.partition}" for entry in entries]
+        try:
+            async with asyncio.timeout(ASK_PATIENCE):
+                batch = await channel.publish(queues, [entry.body for entry in entries], _properties())
+        except (Lost, Refused, TimeoutError) as error:
+            why = f"no confirm within {ASK_PATIENCE:g} s" if isinstance(error, TimeoutError) else str(error)
+            if connection.blocked:
+                why = f"the server takes no events now: {connection.blocked}"
+            elif isinstance(error, TimeoutError):
+                connection.abort()
+            return [PublishUnknown([entry.message.id], why) for entry in entries]
+        refused = set(batch.refused)
+        away = {queue: await self._missing(queue) for queue in batch.returned}
+        return [
+            away[queue]
+            if queue in away
+            else Unavailable(f"{self}: {queue} did not take it")
+            if number in refused
+            else UNPLACED
+            for number, queue in enumerate(queues)
+        ]
+
+    async def _missing(self, queue: str) -> BrokerError:
+        """Why a message to a stream was returned: there is none, or it is not ready after a start of the server."""
+        try:
+            await self._there(queue)
+        except BrokerError as error:
+            return error
+        return Unavailable(f"{self}: {queue} is not ready")
+
+    async def _tell(self, queue: str, value: bytes) -> None:
+        channel = await self._state.confirming()
+        try:
+            async with asyncio.timeout(ASK_PATIENCE):
+                batch = await channel.publish([queue], [value], _properties())
+        except (Lost, Refused) as error:
+            raise Unavailable(f"{self}: {error}") from None
+        except TimeoutError:
+            channel.connection.abort()
+            raise Unavailable(f"{self} does not answer within {ASK_PATIENCE:g} s") from None
+        if batch.returned:
+            raise await self._missing(queue)
+        if batch.refused:
+            raise Unavailable(f"{self}: {queue} did not take it")
+
+    async def tell(self, topic: str, value: bytes) -> int:
+        await self._tell(f"{topic}.0", value)
+        return UNPLACED
+
+    async def told(self, topic: str) -> list[bytes]:
+        return [body for _, _, body in await self._read(f"{topic}.0", "last") if body != _NOTHING]
+
+    def feed(self) -> Feed:
+        return Feed(self.line())
+
+    async def bounds(self, topic: str, partitions: Sequence[int]) -> list[tuple[int, int]]:
+        first = 1
+        if topic == self.lease_topic:  # the only one whose beginning is dropped
+            first = (await self._read(f"{topic}.0", "first"))[0][0]
+        ends = await asyncio.gather(*(self._end(topic, index) for index in partitions))
+        return [(min(first, end), end) for end in ends]
+
+    async def find(self, topic: str, partitions: Sequence[int], moment: float) -> list[int]:
+        return list(await asyncio.gather(*(self._find(topic, index, moment) for index in partitions)))
+
+    async def _find(self, topic: str, index: int, moment: float) -> int:
+        end = await self._end(topic, index)
+        # By the server's clock, a chunk at a time; messages have their publisher's.
+        start = Timestamp(max(0, int(moment) - 10))
+        last = (await self._read(f"{topic}.{index}", end - 1))[0]
+        if last[1] < moment:
+            return end
+        found = await self._read(
+            f"{topic}.{index}", start, lambda found: found[-1][1] >= moment or found[-1][0] + 1 >= end
+        )
+        return max(1, found[-1][0])
+
+    async def pending(self, places: Sequence[tuple[str, int, int]]) -> list[tuple[int, float | None]]:
+        asked = list(dict.fromkeys(places))
+        answers = await asyncio.gather(*(self._pending(*place) for place in asked))
+        known = dict(zip(asked, answers, strict=True))
+        return [known[place] for place in places]
+
+    async def _pending(self, topic: str, index: int, offset: int) -> tuple[int, float | None]:
+        end = await self._end(topic, index)
+        count = end - offset
+        if count <= 0:
+            return 0, None
+        wanted = count if count <= COUNTED else 1
+        found = await self._read(f"{topic}.{index}", offset, lambda found: len(found) >= wanted)
+        real = [(place, moment) for place, moment, body in found if body != _NOTHING]
+        if count <= COUNTED:
+            count = len(real)
+        return count, real[0][1] if real else None
+
+    async def page(self, topic: str, index: int, offset: int, limit: int) -> Sequence[Stored]:
+        end = await self._end(topic, index)
+        if offset >= end:
+            return []
+        found = await self._read(
+            f"{topic}.{index}", offset, lambda found: len(found) >= limit or found[-1][0] + 1 >= end
+        )
+        name = topic.removeprefix(self.prefix)
+        return [
+            Stored(place, moment, unpack(body, name, f"{index}-{place}"))
+            for place, moment, body in found
+            if body != _NOTHING
+        ]
+
+    async def trim(self, topic: str, index: int, offset: int) -> None:
+        """Nothing: a stream drops only by age or size, whoever still needs it."""
+
+    # ---- leases -----------------------------------------------------------------------------------------------------
+
+    def heart(self) -> RabbitMQHeart:
+        return RabbitMQHeart(self)
+
+
+class RabbitMQHeart:
+    """A lease is a message of a stream that all members read; it ends by itself."""
+
+    def __init__(self, broker: RabbitMQBroker) -> None:
+        self._queue = f"{broker.lease_topic}.0"
+        self._patience = max(1.0, broker.lease / 2)
+        self._runner = asyncio.Runner()
+        self._line: Line | None = None
+        self._broker = broker
+
+    def beat(self, name: str, value: bytes, lease: float) -> None:
+        self._runner.run(self._beat(encode_lease((name, value, lease))))
+
+    async def _beat(self, body: bytes) -> None:
+        self._line = self._line or self._broker.line()
+        async with asyncio.timeout(self._patience):
+            channel = await self._line.confirming()
+            batch = await channel.publish([self._queue], [body], _properties())
+        if batch.refused or batch.returned:
+            raise OSError("the lease was not taken")
+
+    def end(self, name: str) -> None:
+        self.beat(name, b"\x80", 0.0)
+
+    def close(self) -> None:
+        if self._line is not None:
+            self._runner.run(self._line.close())
+        self._runner.close()

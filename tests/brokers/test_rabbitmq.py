@@ -1,0 +1,134 @@
+"""What is special about RabbitMQ: its faults, its security, what its alarms do, and its streams."""
+
+import asyncio
+import subprocess
+from urllib.parse import quote
+
+import pytest
+
+import servers
+from servers.rabbitmq import RabbitMQ
+from servers.tls import PASSWORD
+from stentor.brokers.rabbitmq import RabbitMQBroker
+from stentor.connect import connect
+from stentor.errors import AuthenticationFailed, ConfigError, PublishUnknown, Unavailable
+from stentor.event import Topic
+from stentor.message import Message
+from stentor.testing.conformance import Rules  # noqa: F401  first: it has asserts rewritten
+from tests.faults import ServerFaults
+from tests.real import fresh, server_url, unavailable
+
+pytestmark = [pytest.mark.server, pytest.mark.slow]
+
+
+class TestRabbitMQServer(ServerFaults):
+    name = "rabbitmq"
+    options = {"lease": 1, "beat": 0.25}  # noqa: RUF012
+
+
+@pytest.fixture
+def plain(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return fresh(server_url("rabbitmq", tmp_path_factory))
+
+
+@pytest.fixture
+def secure(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return fresh(server_url("rabbitmq", tmp_path_factory, secure=True))
+
+
+def message(id: str, size: int = 2, key: str | None = None) -> Message:
+    return Message(id=id, source="s", type="x", topic="t", data=b"x" * size, key=key)
+
+
+async def opened(url: str) -> RabbitMQBroker:
+    broker = connect(url)
+    assert isinstance(broker, RabbitMQBroker)
+    await broker.open()
+    return broker
+
+
+async def ids(broker: RabbitMQBroker) -> list[str]:
+    return [found.id async for _, found in broker.browse("t", "earliest", follow=False)]
+
+
+async def test_tls_and_a_password(secure: str) -> None:
+    broker = await opened(secure)
+    try:
+        await broker.declare([Topic("t")], [])
+        await broker.publish([message("1")])
+        assert await ids(broker) == ["1"]
+        assert await broker.health() is None
+    finally:
+        await broker.close()
+
+
+async def test_what_is_wrong_is_said_at_once(secure: str) -> None:
+    """A wrong password, an authority that nobody knows, nobody who listens."""
+    for url in (secure.replace(quote(PASSWORD, safe=""), "wrong-word"), secure.partition("?ca=")[0]):
+        async with asyncio.timeout(20):
+            with pytest.raises(AuthenticationFailed) as caught:
+                await opened(url)
+        assert "wrong-word" not in str(caught.value)
+        assert "\n" not in str(caught.value)
+    with pytest.raises(Unavailable):
+        await opened("amqp://127.0.0.1:1")
+
+
+async def test_a_virtual_host_that_is_not_there(plain: str) -> None:
+    head, _, query = plain.partition("?")
+    with pytest.raises(AuthenticationFailed, match="vhost"):
+        await opened(f"{head}/nowhere?{query}")
+
+
+async def test_another_number_of_partitions(plain: str) -> None:
+    broker = await opened(plain)
+    try:
+        await broker.make_topic(f"{broker.prefix}t", 3)
+        with pytest.raises(ConfigError, match="has 3 partitions, not 4; write partitions=3"):
+            await broker.make_topic(f"{broker.prefix}t", 4)
+        with pytest.raises(ConfigError, match="more partitions than 2"):
+            await broker.make_topic(f"{broker.prefix}t", 2)
+    finally:
+        await broker.close()
+
+
+async def test_large_and_many(plain: str) -> None:
+    """Bodies of several frames, and more messages than are read ahead."""
+    broker = await opened(f"{plain}&partitions=1")
+    try:
+        await broker.declare([Topic("t")], [])
+        await broker.publish([message("large", 3_000_000)])
+        await broker.publish([message(str(n), 10) for n in range(3000)])
+        found = [found async for _, found in broker.browse("t", "earliest", follow=False)]
+        assert [one.id for one in found] == ["large", *(str(n) for n in range(3000))]
+        assert found[0].data == b"x" * 3_000_000
+    finally:
+        await broker.close()
+
+
+async def test_an_alarm_of_the_server(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Without memory it takes nothing: publishes wait a while, then say why, and go on when the alarm is over."""
+    try:
+        RabbitMQ.install()
+    except servers.Missing as missing:
+        unavailable(missing)
+    with RabbitMQ(tmp_path_factory.mktemp("alarm")) as server:
+        broker = await opened(server.url)
+        try:
+            await broker.declare([Topic("t")], [])
+            await broker.publish([message("1")])
+            await asyncio.to_thread(server.ctl, "set_vm_memory_high_watermark", "0.00000001")
+            with pytest.raises(PublishUnknown, match="takes no events now: "):
+                await broker.publish([message("tried")])  # the server tells of it at the first that it leaves lying
+            with pytest.raises(Unavailable, match="takes no events now: "):
+                await broker.publish([message("refused")])
+            assert "takes no events now" in str(await broker.health())
+            await asyncio.to_thread(server.ctl, "set_vm_memory_high_watermark", "0.4")
+            while await broker.health() is not None:
+                await asyncio.sleep(0.05)
+            await broker.publish([message("2")])
+            assert await ids(broker) == ["1", "tried", "2"]
+        except subprocess.CalledProcessError as error:
+            raise AssertionError(error.stderr) from error
+        finally:
+            await broker.close()

@@ -1,0 +1,27 @@
+"""The RabbitMQ broker keeps the contract, in one process and over several."""
+
+import pytest
+
+from stentor.brokers import log
+from stentor.testing.conformance import Faults, Rules, Soak
+from tests.real import fresh, server_url
+
+pytestmark = [pytest.mark.server, pytest.mark.slow]
+
+
+class RabbitMQ:
+    @pytest.fixture(autouse=True)
+    def keep_house_often(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(log, "HOUSEKEEPING", 0.2)
+
+    @pytest.fixture
+    def broker_url(self, tmp_path_factory: pytest.TempPathFactory) -> str:
+        return fresh(server_url("rabbitmq", tmp_path_factory), lease=1, beat=0.25, partitions=4)
+
+
+class TestRabbitMQ(RabbitMQ, Rules):
+    pass
+
+
+class TestRabbitMQProcesses(RabbitMQ, Faults, Soak):
+    pass
