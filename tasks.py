@@ -266,7 +266,8 @@ def ci(_args: list[str]) -> int:
     """Run all that must hold before a change lands, and say which step failed."""
     steps = ["test", "lint", "types", "docs", "slow"]
     steps += [
-        f"conformance {name}" for name in ("memory", "sqlite", "redis", "postgresql", "kafka", "nats", "rabbitmq", "rocketmq")
+        f"conformance {name}"
+        for name in ("memory", "sqlite", "redis", "postgresql", "kafka", "nats", "rabbitmq", "rocketmq")
     ]
     steps += ["soak --minutes 2"]
     counts = dict.fromkeys(("failed", "passed", "skipped", "xfailed", "errors"), 0)

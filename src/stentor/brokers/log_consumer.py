@@ -173,8 +173,10 @@ class LogConsumer:
             [(_, end)] = [(0, 0)] if partition.clean else await self.broker.bounds(self._stored[name], [index])
             track = Track(partition, place.prefix, place.done, known=end, replay=place.replay, replay_until=place.until)
             held = Held(name, self._stored[name], write.space, track, fence)
-            self.held[partition] = held
             fresh.append(held)
+        # Only now, as from here on they are given back when something fails: what the server says is ours and is not
+        # among the held is taken again.
+        self.held.update({held.partition: held for held in fresh})
         try:
             await self.owner.assigned([held.partition for held in fresh])
         except StentorError:

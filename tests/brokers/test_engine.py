@@ -1,0 +1,85 @@
+"""What the engine of the server brokers does when the server fails in the middle of a step."""
+
+import asyncio
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from stentor.brokers.log import LogBroker
+from stentor.brokers.log_consumer import Ownership
+from stentor.brokers.storage import Write
+from stentor.connect import connect
+from stentor.errors import Unavailable
+from stentor.event import Topic
+from stentor.message import Message, Partition
+from stentor.subscription import Subscription
+from tests.real import brokers, url_of
+
+pytestmark = [pytest.mark.server, pytest.mark.slow]
+
+
+class Taker:
+    """A worker that takes what it is given."""
+
+    def __init__(self) -> None:
+        self.owned: list[Partition] = []
+
+    async def assigned(self, partitions: Sequence[Partition]) -> None:
+        self.owned += partitions
+
+    async def revoked(self, partitions: Sequence[Partition]) -> None:
+        self.lost(partitions)
+
+    def lost(self, partitions: Sequence[Partition]) -> None:
+        self.owned = [partition for partition in self.owned if partition not in partitions]
+
+
+@pytest.mark.parametrize("kind", brokers())
+async def test_a_takeover_that_fails_half_way_is_done_again(
+    kind: str, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The server goes away when a dead member's partitions are claimed and not all of them looked at."""
+    broker: Any = connect(url_of(kind, tmp_path / "x", tmp_path_factory))
+    assert isinstance(broker, LogBroker)
+    await broker.open()
+    try:
+        await broker.declare([Topic("t", partitions=4)], [])
+        subscription = Subscription(group="g", topics=("t",))
+        await broker.declare([], [subscription])
+        group = (await broker.group("g")).id
+        for index in range(4):
+            space = broker.space(group, "t", index)
+            [free] = await broker.get([(space, "!owner")])
+            dead = msgspec.msgpack.encode(Ownership(3, "dead"))
+            assert await broker.write([Write(space, ("!owner", free), {"!owner": dead})]) == [True]
+        await broker.publish(
+            [Message(id=str(n), source="s", type="x", topic="t", data=b"{}", key=str(n)) for n in range(40)]
+        )
+        bounds, asked = broker.bounds, []
+
+        async def failing(*args: Any) -> Any:
+            asked.append(args)
+            if len(asked) == 3:
+                raise Unavailable("planned")
+            return await bounds(*args)
+
+        monkeypatch.setattr(broker, "bounds", failing)
+        owner = Taker()
+        consumer = await broker.subscribe(subscription, owner)
+        try:
+            with pytest.raises(Unavailable, match="planned"):
+                await consumer.start()
+            monkeypatch.setattr(broker, "bounds", bounds)
+            await consumer.balance()
+            assert sorted(partition.index for partition in owner.owned) == [0, 1, 2, 3]
+            found: set[str] = set()
+            async with asyncio.timeout(10):
+                while len(found) < 40:
+                    found.update(delivery.message.id for delivery in await consumer.fetch(100, 1.0))
+        finally:
+            await consumer.close()
+    finally:
+        await broker.close()
