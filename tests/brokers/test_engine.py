@@ -58,13 +58,16 @@ async def test_a_takeover_that_fails_half_way_is_done_again(
         await broker.publish(
             [Message(id=str(n), source="s", type="x", topic="t", data=b"{}", key=str(n)) for n in range(40)]
         )
-        bounds, asked = broker.bounds, []
+        bounds = broker.bounds
+        asked: list[str] = []
 
-        async def failing(*args: Any) -> Any:
-            asked.append(args)
-            if len(asked) == 3:
+        stored = (await broker.topic("t")).stored
+
+        async def failing(topic: str, partitions: Sequence[int]) -> Any:
+            asked.append(topic)
+            if topic == stored and asked.count(stored) == 3:
                 raise Unavailable("planned")
-            return await bounds(*args)
+            return await bounds(topic, partitions)
 
         monkeypatch.setattr(broker, "bounds", failing)
         owner = Taker()
