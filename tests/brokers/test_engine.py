@@ -1,6 +1,7 @@
 """What the engine of the server brokers does when the server fails in the middle of a step."""
 
 import asyncio
+import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -86,3 +87,48 @@ async def test_a_takeover_that_fails_half_way_is_done_again(
             await consumer.close()
     finally:
         await broker.close()
+
+
+@pytest.mark.parametrize("kind", brokers())
+async def test_what_could_not_be_given_back_is_given_back_again(
+    kind: str, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The server goes away when a member gives partitions up for another that joined."""
+    url = url_of(kind, tmp_path / "x", tmp_path_factory)
+    first: Any = connect(url)
+    second: Any = connect(url)
+    await first.open()
+    await second.open()
+    consumers = []
+    try:
+        await first.declare([Topic("t", partitions=4)], [])
+        subscription = Subscription(group="g", topics=("t",))
+        await first.declare([], [subscription])
+        owners = [Taker(), Taker()]
+        for broker, owner in zip((first, second), owners, strict=True):
+            consumers.append(await broker.subscribe(subscription, owner))
+        write = first.write
+
+        async def failing(writes: Sequence[Write]) -> Any:
+            if any("!owner" in one.changes for one in writes):
+                raise Unavailable("planned")
+            return await write(writes)
+
+        old, new = consumers
+        await old.start()
+        monkeypatch.setattr(first, "write", failing)
+        await new.start()
+        async with asyncio.timeout(20):
+            while len(old.held) > 2:  # by itself, or here
+                with contextlib.suppress(Unavailable):
+                    await old.balance()
+            monkeypatch.setattr(first, "write", write)
+            while len(owners[1].owned) < 2:
+                await old.balance()
+                await new.balance()
+        assert sorted(partition.index for owner in owners for partition in owner.owned) == [0, 1, 2, 3]
+    finally:
+        for consumer in consumers:
+            await consumer.close()
+        await first.close()
+        await second.close()

@@ -135,7 +135,11 @@ class LogConsumer:
                     and (value := cells[name, index]) is not None
                     and self._free(value, living)
                 ]
-                gained += free[: max(0, fair - len(owned))]
+                # What was ours and could not be given back, beyond the share too: nobody else may take it. It is held
+                # again, and let go of in order.
+                strays = [cell for cell in free if decode_ownership(cell[2]).member == self.member]
+                others = [cell for cell in free if cell not in strays]
+                gained += strays + others[: max(0, fair - len(owned) - len(strays))]
             if surplus:
                 await self._give_up(surplus)
             if gained:
