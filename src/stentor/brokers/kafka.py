@@ -1,7 +1,7 @@
 """The Kafka broker: a Kafka topic for each topic, spaces and leases in topics of one partition.
 
 The client library works in threads of its own and is asked from threads of ours: a ``Sender`` produces and hears of
-deliveries, a ``Feed`` reads partitions, a ``Looker`` reads a few messages at once. Nothing here joins a Kafka
+deliveries, a ``KafkaFeed`` reads partitions, a ``Looker`` reads a few messages at once. Nothing here joins a Kafka
 consumer group: see ``docs/decisions`` for why.
 """
 
@@ -21,7 +21,7 @@ from confluent_kafka import KafkaError, KafkaException, Producer, TopicPartition
 from confluent_kafka.admin import AdminClient, ConfigResource, NewTopic, OffsetSpec, ResourceType  # type: ignore[attr-defined]
 
 from stentor.broker import Features
-from stentor.brokers.kafka_client import ASK_PATIENCE, Feed, Looker, Sender
+from stentor.brokers.kafka_client import ASK_PATIENCE, KafkaFeed, Looker, Sender
 from stentor.brokers.log_state import LogStateBroker, encode_lease
 from stentor.brokers.logstore import Dropped
 from stentor.brokers.storage import Entry, Stored
@@ -318,8 +318,8 @@ class KafkaBroker(LogStateBroker):
             return PublishUnknown([entry.message.id], _line(error))
         return found
 
-    def feed(self) -> Feed:
-        return Feed(self._settings, self._broken)
+    def feed(self) -> KafkaFeed:
+        return KafkaFeed(self._settings, self._broken)
 
     def _broken(self, error: KafkaError) -> Unavailable | None:
         """What an error of a reader means; None for those that pass by themselves."""

@@ -14,7 +14,7 @@ from typing import Any
 from confluent_kafka import Consumer, KafkaError, KafkaException, Producer, TopicPartition
 
 from stentor.broker import FETCH_BYTES
-from stentor.brokers.log_state import Read
+from stentor.brokers.log_state import Feed, Read
 from stentor.errors import Unavailable
 
 SEND_PATIENCE = 10.0
@@ -123,10 +123,11 @@ def _meet(consumer: Consumer, met: set[str], topics: set[str]) -> None:
         met.add(topic)
 
 
-class Feed:
+class KafkaFeed(Feed):
     """A consumer in a thread, which reads partitions from offsets on and keeps what it read until it is taken."""
 
     def __init__(self, settings: Mapping[str, Any], broken: Callable[[KafkaError], Unavailable | None]) -> None:
+        super().__init__()
         self._broken = broken
         self._settings = {
             **settings, "group.id": "stentor", "enable.auto.commit": False, "auto.offset.reset": "earliest",
@@ -140,11 +141,9 @@ class Feed:
         self._commands: deque[tuple[Any, tuple[str, int, int] | None]] = deque()
         self._buffer: deque[Read] = deque()
         self._added = self._taken = 0
-        self._ready = asyncio.Event()
         self._work = threading.Event()
         self._closing = False
         self._thread: threading.Thread | None = None
-        self._trouble: KafkaError | None = None
 
     def seek(self, token: Any, topic: str, index: int, offset: int) -> None:
         """Read a partition from an offset on; what is read is marked with ``token``."""
@@ -174,22 +173,6 @@ class Feed:
             self._work.set()
         return found
 
-    async def read(self, limit: int, wait: float) -> list[Read]:
-        """What was read, waiting up to ``wait`` seconds for the first; cancelling it loses nothing."""
-        self._ready.clear()
-        found = self.take(limit)
-        if not found and wait > 0:
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(wait):
-                    await self._ready.wait()
-            found = self.take(limit)
-        return found
-
-    def trouble(self) -> Unavailable | None:
-        """Why it cannot read, told once."""
-        trouble, self._trouble = self._trouble, None
-        return None if trouble is None else self._broken(trouble)
-
     async def close(self) -> None:
         self._closing = True
         self._work.set()
@@ -201,7 +184,7 @@ class Feed:
             self._loop.call_soon_threadsafe(self._ready.set)
 
     def _failed(self, error: KafkaError) -> None:
-        self._trouble = error
+        self._trouble = self._broken(error)
         self._wake()
 
     def _run(self) -> None:

@@ -8,8 +8,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
+from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import msgspec
 
@@ -19,7 +20,7 @@ from stentor.brokers.storage import Held, Write
 from stentor.brokers.wire import unpack
 from stentor.clock import Clock
 from stentor.connect import BrokerUrl
-from stentor.errors import Unavailable, UnknownTopic
+from stentor.errors import BrokerError, Unavailable, UnknownTopic
 from stentor.message import Message
 
 PATIENCE = 10.0
@@ -39,26 +40,51 @@ class Read(NamedTuple):
     value: bytes
 
 
-class Feed(Protocol):
+class Feed(ABC):
     """Reads partitions from offsets on, ahead of whoever takes what was read."""
 
+    def __init__(self) -> None:
+        self._ready = asyncio.Event()
+        """Set when something was read, or went wrong."""
+        self._trouble: Unavailable | None = None
+
+    @abstractmethod
     def seek(self, token: Any, topic: str, index: int, offset: int) -> None:
         """Read a partition from an offset on; what is read is marked with ``token``."""
-        ...
 
+    @abstractmethod
     def drop(self, token: Any) -> None:
         """Read no more for a token."""
-        ...
+
+    @abstractmethod
+    def take(self, limit: int) -> list[Read]:
+        """What was read by now."""
+
+    @abstractmethod
+    async def close(self) -> None: ...
 
     async def read(self, limit: int, wait: float) -> list[Read]:
         """What was read, waiting up to ``wait`` seconds for the first; cancelling it loses nothing."""
-        ...
+        self._ready.clear()
+        found = self.take(limit)
+        if not found and wait > 0:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(wait):
+                    await self._ready.wait()
+            found = self.take(limit)
+        return found
 
     def trouble(self) -> Unavailable | None:
         """Why it cannot read, told once; a ``Dropped`` when the topic is gone."""
-        ...
+        trouble, self._trouble = self._trouble, None
+        return trouble
 
-    async def close(self) -> None: ...
+    def fail(self, error: BrokerError) -> None:
+        """Tell whoever reads."""
+        self._trouble = error if isinstance(error, Unavailable) else Unavailable(str(error))
+        if isinstance(error, UnknownTopic):
+            self._trouble = Dropped(str(error))
+        self._ready.set()
 
 
 class LogStateBroker(LogBroker):

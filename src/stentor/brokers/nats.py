@@ -22,7 +22,7 @@ from nats.aio.msg import Msg
 
 from stentor.broker import Features
 from stentor.brokers.log_state import LogStateBroker, encode_lease
-from stentor.brokers.nats_client import ASK_PATIENCE, Feed, Link, Place, Refused, refusal, status, stream_of
+from stentor.brokers.nats_client import ASK_PATIENCE, Link, NatsFeed, Place, Refused, refusal, status, stream_of
 from stentor.brokers.storage import Entry, Stored
 from stentor.brokers.wire import unpack
 from stentor.clock import Clock
@@ -312,10 +312,10 @@ class NatsBroker(LogStateBroker):
             raise
         return [b64decode(found["message"].get("data", ""))]
 
-    def feed(self) -> Feed:
+    def feed(self) -> NatsFeed:
         if self._reading is None:
             raise Unavailable(f"{self} is not open")
-        return Feed(self._reading)
+        return NatsFeed(self._reading)
 
     async def bounds(self, topic: str, partitions: Sequence[int]) -> list[tuple[int, int]]:
         state = (await self._info(topic))["state"]
@@ -333,10 +333,7 @@ class NatsBroker(LogStateBroker):
         return [found["delivered"]["stream_seq"] + 1] * len(partitions)
 
     async def pending(self, places: Sequence[tuple[str, int, int]]) -> list[tuple[int, float | None]]:
-        asked = list(dict.fromkeys(places))
-        answers = await asyncio.gather(*(self._pending(*place) for place in asked))
-        known = dict(zip(asked, answers, strict=True))
-        return [known[place] for place in places]
+        return list(await asyncio.gather(*(self._pending(*place) for place in places)))
 
     async def _pending(self, topic: str, index: int, offset: int) -> tuple[int, float | None]:
         name, count = await self._look(topic, index, offset)

@@ -19,8 +19,7 @@ from nats.aio.client import Client
 from nats.aio.msg import Msg
 from nats.aio.subscription import Subscription
 
-from stentor.brokers.log_state import Read
-from stentor.brokers.logstore import Dropped
+from stentor.brokers.log_state import Feed, Read
 from stentor.errors import BrokerError, StentorError, StorageFull, TooLarge, Unavailable, UnknownTopic
 from stentor.message import new_id
 
@@ -256,7 +255,7 @@ class Cursor:
         self.heard = 0.0
 
 
-class Feed:
+class NatsFeed(Feed):
     """Reads partitions from offsets on and keeps what it read until it is taken.
 
     Each partition has a consumer without acks on the server. When it misses a message, falls silent or is gone, it gets
@@ -264,14 +263,13 @@ class Feed:
     """
 
     def __init__(self, link: Link) -> None:
+        super().__init__()
         self._link = link
         self._cursors: dict[Any, Cursor] = {}
         self._ended: list[tuple[str, str, Subscription]] = []
         self._buffer: deque[tuple[Cursor, Read]] = deque()
         self._bytes = 0
-        self._ready = asyncio.Event()
         self._work = asyncio.Event()
-        self._trouble: Unavailable | None = None
         self._task: asyncio.Task[None] | None = None
         link.on_lost.append(self._lost)
 
@@ -306,7 +304,7 @@ class Feed:
         for cursor in self._cursors.values():
             self._restart(cursor)
 
-    def _take(self, limit: int) -> list[Read]:
+    def take(self, limit: int) -> list[Read]:
         found: list[Read] = []
         full = self._full
         while self._buffer and len(found) < limit:
@@ -321,20 +319,6 @@ class Feed:
     @property
     def _full(self) -> bool:
         return len(self._buffer) >= AHEAD or self._bytes > AHEAD_BYTES
-
-    async def read(self, limit: int, wait: float) -> list[Read]:
-        self._ready.clear()
-        found = self._take(limit)
-        if not found and wait > 0:
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(wait):
-                    await self._ready.wait()
-            found = self._take(limit)
-        return found
-
-    def trouble(self) -> Unavailable | None:
-        trouble, self._trouble = self._trouble, None
-        return trouble
 
     async def close(self) -> None:
         self._link.on_lost.remove(self._lost)
@@ -375,11 +359,8 @@ class Feed:
             except BaseException:
                 self._ended.append((stream, "", inbox))
                 raise
-        except UnknownTopic as error:
-            self._fail(Dropped(str(error)))
-            return False
         except BrokerError as error:
-            self._fail(error if isinstance(error, Unavailable) else Unavailable(str(error)))
+            self.fail(error)
             return False
         cursor.consumer, cursor.inbox, cursor.delivered = name, inbox, 0
         if self._cursors.get(cursor.token) is not cursor:
@@ -398,11 +379,7 @@ class Feed:
             await self._link.send(subject, _encode(body), cursor.inbox.subject)
         except Unavailable as error:
             self._restart(cursor)
-            self._fail(error)
-
-    def _fail(self, trouble: Unavailable) -> None:
-        self._trouble = trouble
-        self._ready.set()
+            self.fail(error)
 
     def _came(self, cursor: Cursor, inbox: Subscription, message: Msg) -> None:
         if cursor.inbox is not inbox:

@@ -18,8 +18,7 @@ from typing import Any
 from urllib.parse import unquote
 
 from stentor.broker import Features
-from stentor.brokers.log_state import LogStateBroker, Read, encode_lease
-from stentor.brokers.logstore import Dropped
+from stentor.brokers.log_state import Feed, LogStateBroker, Read, encode_lease
 from stentor.brokers.rabbitmq_wire import NOT_FOUND, Channel, Connection, Login, Lost, Refused, Timestamp, short, table
 from stentor.brokers.storage import UNPLACED, Entry, Stored
 from stentor.brokers.wire import CONTENT_TYPE, unpack
@@ -158,17 +157,16 @@ class Cursor:
         """How many were taken since room was given for more."""
 
 
-class Feed:
+class RabbitMQFeed(Feed):
     """Reads partitions from offsets on and keeps what it read until it is taken; it has a connection of its own."""
 
     def __init__(self, line: Line) -> None:
+        super().__init__()
         self._line = line
         self._cursors: dict[Any, Cursor] = {}
         self._buffer: deque[tuple[Cursor, Channel, int, Read]] = deque()
         self._bytes = 0
-        self._ready = asyncio.Event()
         self._work = asyncio.Event()
-        self._trouble: Unavailable | None = None
         self._task: asyncio.Task[None] | None = None
         self._connection: Connection | None = None
 
@@ -184,7 +182,7 @@ class Feed:
         if cursor is not None and cursor.channel is not None:
             cursor.channel.close()
 
-    def _take(self, limit: int) -> list[Read]:
+    def take(self, limit: int) -> list[Read]:
         found: list[Read] = []
         while self._buffer and len(found) < limit:
             cursor, channel, tag, read = self._buffer.popleft()
@@ -199,20 +197,6 @@ class Feed:
         if self._connection is not None and self._bytes < AHEAD_BYTES:
             self._connection.resume()
         return found
-
-    async def read(self, limit: int, wait: float) -> list[Read]:
-        self._ready.clear()
-        found = self._take(limit)
-        if not found and wait > 0:
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(wait):
-                    await self._ready.wait()
-            found = self._take(limit)
-        return found
-
-    def trouble(self) -> Unavailable | None:
-        trouble, self._trouble = self._trouble, None
-        return trouble
 
     async def close(self) -> None:
         if self._task is not None:
@@ -238,7 +222,7 @@ class Feed:
         try:
             channel = await self._line.channel()
         except BrokerError as error:
-            self._fail(error if isinstance(error, Unavailable) else Unavailable(str(error)))
+            self.fail(error)
             return False
         try:
             self._connection = channel.connection
@@ -258,15 +242,8 @@ class Feed:
                 channel.close()
             return True
         cursor.channel = None
-        if isinstance(found, UnknownTopic):
-            self._fail(Dropped(str(found)))
-        else:
-            self._fail(found if isinstance(found, Unavailable) else Unavailable(str(found)))
+        self.fail(found)
         return False
-
-    def _fail(self, trouble: Unavailable) -> None:
-        self._trouble = trouble
-        self._ready.set()
 
     def _ended(self, cursor: Cursor, channel: Channel) -> None:
         if cursor.channel is channel:
@@ -497,8 +474,8 @@ class RabbitMQBroker(LogStateBroker):
     async def told(self, topic: str) -> list[bytes]:
         return [body for _, _, body in await self._read(f"{topic}.0", "last") if body != _NOTHING]
 
-    def feed(self) -> Feed:
-        return Feed(self.line())
+    def feed(self) -> RabbitMQFeed:
+        return RabbitMQFeed(self.line())
 
     async def bounds(self, topic: str, partitions: Sequence[int]) -> list[tuple[int, int]]:
         first = 1
@@ -523,10 +500,7 @@ class RabbitMQBroker(LogStateBroker):
         return max(1, found[-1][0])
 
     async def pending(self, places: Sequence[tuple[str, int, int]]) -> list[tuple[int, float | None]]:
-        asked = list(dict.fromkeys(places))
-        answers = await asyncio.gather(*(self._pending(*place) for place in asked))
-        known = dict(zip(asked, answers, strict=True))
-        return [known[place] for place in places]
+        return list(await asyncio.gather(*(self._pending(*place) for place in places)))
 
     async def _pending(self, topic: str, index: int, offset: int) -> tuple[int, float | None]:
         end = await self._end(topic, index)
