@@ -92,6 +92,24 @@ async def test_another_number_of_partitions(plain: str) -> None:
         await broker.close()
 
 
+@pytest.mark.parametrize("made", [["t.1"], ["t.1", "t.0"]])
+async def test_a_topic_that_was_left_half_made(plain: str, made: list[str]) -> None:
+    """By who was killed when the last stream stood, but had no first message yet."""
+    broker = await opened(f"{plain}&partitions=2")
+    try:
+        for queue in made:
+            channel = await broker.native.channel()
+            await channel.declare(broker.prefix + queue, {"x-queue-type": "stream"})
+            if queue != made[-1]:
+                await broker._tell(broker.prefix + queue, b"-")
+        await broker.declare([Topic("t")], [])
+        assert await ids(broker) == []
+        await broker.publish([message(str(n), key=str(n)) for n in range(20)])
+        assert set(await ids(broker)) == {str(n) for n in range(20)}
+    finally:
+        await broker.close()
+
+
 async def test_large_and_many(plain: str) -> None:
     """Bodies of several frames, and more messages than are read ahead."""
     broker = await opened(f"{plain}&partitions=1")

@@ -12,7 +12,7 @@ import ssl
 import struct
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
 from typing import Any
 from urllib.parse import unquote
@@ -37,6 +37,8 @@ from stentor.errors import (
 ASK_PATIENCE = 10.0
 """Seconds that the server has for an answer."""
 OPEN_PATIENCE = 5.0
+BEGIN_PATIENCE = 2.0
+"""Seconds within which the first message of a stream that has one arrives."""
 HEARTBEAT = 4
 """Seconds of silence after which a connection counts as lost, about."""
 AHEAD = 500
@@ -51,7 +53,8 @@ _REFUSED = {403, 530}
 _PRECONDITION = 406
 _OFFSET, _TIME = b"\x0fx-stream-offsetl", b"\x0cstentor-timel"
 _NOTHING = b"-"
-"""The body of the message that a stream begins with: one that has none would not tell where it ends."""
+"""The body of the message that a stream begins with: one that has none would not tell where it ends. More of them, by
+several who made it together, do no harm."""
 
 _long = struct.Struct(">q").unpack_from
 
@@ -404,10 +407,34 @@ class RabbitMQBroker(LogStateBroker):
             raise ConfigError(
                 f"{self}: topic {topic} has {count} partitions, not {partitions}; write partitions={count} there"
             )
-        for index in reversed(missing):  # the first one last: with it the topic is whole
+        beginning = encode_lease(("", b"", 0.0)) if topic == self.lease_topic else _NOTHING
+        if not missing:
+            if not await self._patiently(partial(self._begun, f"{topic}.0")):  # who made it died before that
+                await self._tell(f"{topic}.0", beginning)
+            return
+        for index in reversed(range(partitions)):  # the first one last: with it the topic is whole
             queue = f"{topic}.{index}"
-            await self._call(partial(_declare, queue, settings))
-            await self._tell(queue, _NOTHING)
+            if index in missing:
+                await self._call(partial(_declare, queue, settings))
+            await self._patiently(partial(self._tell, queue, beginning))
+
+    async def _begun(self, queue: str) -> bool:
+        try:
+            async with asyncio.timeout(BEGIN_PATIENCE):
+                return bool(await self._read(queue, "first"))
+        except TimeoutError:
+            return False
+
+    async def _patiently(self, ask: Callable[[], Awaitable[Any]]) -> Any:
+        """What a new stream answers, which a busy server may not find at once."""
+        ends = time.monotonic() + ASK_PATIENCE
+        while True:
+            try:
+                return await ask()
+            except Unavailable:
+                if time.monotonic() > ends:
+                    raise
+                await asyncio.sleep(0.1)
 
     async def remove(self, topic: str) -> None:
         with contextlib.suppress(UnknownTopic):
