@@ -66,9 +66,10 @@ class ProcessMember:
         assert line == b"ready\n", f"{self.who} did not start: {self._errors.read_text()[-2000:]}"
 
     async def kill(self) -> None:
+        # Before it is: another may take over, and begin, sooner than this process would get to say it afterwards.
+        self._ledger.write(Entry("gone", self.who))
         self.process.send_signal(signal.SIGKILL)
         await self.process.wait()
-        self._ledger.write(Entry("gone", self.who))
 
     async def stop(self) -> Counts:
         assert self.process.stdout is not None
