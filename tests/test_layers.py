@@ -55,7 +55,7 @@ LIBRARIES = {  # who may import which library, by module or folder; a broker's c
     "matplotlib": {"capacity.plot"},
     "confluent_kafka": {"brokers.kafka", "brokers.kafka_client"},
     "nats": {"brokers.nats", "brokers.nats_client"},
-    "psycopg": {"brokers.postgresql"},
+    "psycopg": {"brokers.postgresql", "brokers.postgresql_client"},
     "redis": {"brokers.redis"},
     "hiredis": {"brokers.redis"},
     "grpc": {"brokers.rocketmq"},
@@ -67,7 +67,7 @@ HEAVY = [  # what `import stentor` must not load: optional, or slow to load and 
 ]
 LINES_OF_A_FILE = 700
 LINES_IN_ALL = 15_000
-LINES_OF_BROKERS = 10_200  # beside those: see docs/decisions/0004
+LINES_OF_BROKERS = 10_400  # beside those: see docs/decisions/0004
 
 
 def modules(source: Path) -> dict[str, Path]:

@@ -25,6 +25,8 @@ Durable = Literal["process", "host", "replica"]
 FETCH_BYTES = 16 * 1024 * 1024
 """A fetch hands out nothing more once its deliveries have reached so many bytes of data."""
 
+Verdict = Literal["ok", "warn", "fail"]
+
 Start = Literal["earliest", "latest"] | datetime | int
 """A place in a topic: its ends, a time, or an offset (the first one wanted)."""
 
@@ -49,6 +51,15 @@ class Features(Struct, frozen=True, kw_only=True):
     """Receipts say the position; else it is None, and only browsing tells."""
     max_bytes: int = 8 * 1024 * 1024
     """The largest message: attributes and data together."""
+
+
+class Finding(Struct, frozen=True):
+    """One thing that was looked at, what was found, and what to do about it."""
+
+    check: str
+    verdict: Verdict
+    found: str
+    advice: str = ""
 
 
 class Owner(Protocol):
@@ -206,6 +217,13 @@ class Broker(Protocol):
 
     async def health(self) -> str | None:
         """None when all is well, else one line that says what is not."""
+        ...
+
+    async def review(self) -> list[Finding]:
+        """What the server's settings, its room and its clock mean for what the broker promises.
+
+        Raises Unavailable.
+        """
         ...
 
 

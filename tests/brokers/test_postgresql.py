@@ -7,7 +7,8 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from stentor.brokers.postgresql import Connection, PostgresBroker
+from stentor.brokers.postgresql import PostgresBroker
+from stentor.brokers.postgresql_client import Connection
 from stentor.clock import SystemClock
 from stentor.connect import BrokerUrl, connect
 from stentor.errors import AuthenticationFailed, ConfigError, StentorError, StorageUnusable, Unavailable

@@ -20,7 +20,8 @@ import msgspec
 from confluent_kafka import KafkaError, KafkaException, Producer, TopicPartition
 from confluent_kafka.admin import AdminClient, ConfigResource, NewTopic, OffsetSpec, ResourceType  # type: ignore[attr-defined]
 
-from stentor.broker import Features
+from stentor.broker import Features, Finding
+from stentor.brokers import findings
 from stentor.brokers.kafka_client import ASK_PATIENCE, KafkaFeed, Looker, Sender
 from stentor.brokers.log_state import LogStateBroker, encode_lease
 from stentor.brokers.logstore import Dropped
@@ -258,6 +259,40 @@ class KafkaBroker(LogStateBroker):
                 raise Unavailable(
                     f"{self}: {len(part.isrs)} of {len(part.replicas)} replicas are in step, 2 are needed"
                 )
+
+    async def review(self) -> list[Finding]:
+        nodes = (await self._metadata(ASK_PATIENCE)).brokers
+        names = [self.lease_topic, *(record.stored for record in (await self.records())[0].values())]
+        known = (await self._metadata(ASK_PATIENCE)).topics
+        parts = [part for name in names if name in known for part in known[name].partitions.values()]
+        fewest = min(len(part.replicas) for part in parts)
+        advice = "kafka-reassign-partitions gives these topics more; replicas=3 those made from now on"
+        found = [
+            Finding("nodes", "ok", str(len(nodes))),
+            Finding("replicas", "ok", str(fewest))
+            if fewest >= 3 or len(nodes) < 3
+            else Finding("replicas", "warn", f"{fewest}, where {len(nodes)} nodes could keep three", advice),
+        ]
+        if behind := sum(len(part.isrs) < len(part.replicas) for part in parts):
+            text = f"{behind} of {len(parts)} partitions lack one"
+            found.append(Finding("in step", "warn", text, "a node is away or slow: see that it comes back"))
+        asked = [ConfigResource(ResourceType.TOPIC, name) for name in names]
+        answers = await self._answer(self._asked().describe_configs(asked, request_timeout=ASK_PATIENCE))
+        wanted = {"unclean.leader.election.enable": "false", "cleanup.policy": "delete", "retention.ms": "-1"}
+        if self._flush_each:
+            wanted["flush.messages"] = "1"
+        if fewest >= 3:
+            wanted["min.insync.replicas"] = "2"
+        for setting, good in wanted.items():
+            others = {
+                resource.name: entries[setting].value
+                for resource, entries in answers.items()
+                if entries[setting].value != good
+                and not (setting == "retention.ms" and resource.name == self.lease_topic)
+            }
+            told = ", ".join(f"{name} has {value}" for name, value in others.items())
+            found.append(findings.setting(setting, told or good, [good], "confirmed events can be lost"))
+        return found
 
     # ---- data -------------------------------------------------------------------------------------------------------
 

@@ -25,7 +25,7 @@ from typing import Any
 
 import msgspec
 
-from stentor.broker import Features, Owner, Start
+from stentor.broker import Features, Finding, Owner, Start
 from stentor.brokers.heartbeat import Heart, Heartbeat
 from stentor.brokers.log_admin import LogAdmin
 from stentor.brokers.log_consumer import LogConsumer, free_owner
@@ -120,6 +120,10 @@ class LogBroker:
 
     async def ping(self) -> None:
         """Raises BrokerError, with one line, when the server is away or cannot store."""
+        raise NotImplementedError
+
+    async def review(self) -> list[Finding]:
+        """As ``Broker.review``."""
         raise NotImplementedError
 
     async def make_topic(self, topic: str, partitions: int) -> None:

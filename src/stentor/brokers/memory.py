@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Sequence
 from datetime import datetime
 from typing import Any
 
-from stentor.broker import FETCH_BYTES, Features, GroupInfo, Owner, Start, TopicInfo
+from stentor.broker import FETCH_BYTES, Features, Finding, GroupInfo, Owner, Start, TopicInfo
 from stentor.brokers.track import Track, quota
 from stentor.clock import Clock, seconds
 from stentor.connect import BrokerUrl
@@ -109,6 +109,9 @@ class MemoryBroker:
 
     async def health(self) -> str | None:
         return None
+
+    async def review(self) -> list[Finding]:
+        return []
 
     def _log(self, name: str) -> _Log:
         log = self._logs.get(name)

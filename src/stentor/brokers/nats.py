@@ -20,7 +20,8 @@ import nats.errors
 from nats.aio.client import Client
 from nats.aio.msg import Msg
 
-from stentor.broker import Features
+from stentor.broker import Features, Finding
+from stentor.brokers import findings
 from stentor.brokers.log_state import LogStateBroker, encode_lease
 from stentor.brokers.nats_client import ASK_PATIENCE, Link, NatsFeed, Place, Refused, refusal, status, stream_of
 from stentor.brokers.storage import Entry, Stored
@@ -155,6 +156,29 @@ class NatsBroker(LogStateBroker):
             away = [node["name"] for node in cluster.get("replicas", ()) if node.get("offline")]
             if len(away) * 2 > self._replicas - 1:
                 raise Unavailable(f"{self}: {', '.join(away)} are away, a majority is needed")
+
+    async def review(self) -> list[Finding]:
+        before = time.time()
+        found = await self.link.api(f"STREAM.INFO.{stream_of(self.lease_topic)}")
+        reviewed = [findings.version("NATS", str(self.link.nc.connected_server_version), (2, 9))]
+        if "ts" in found:  # since 2.10
+            reviewed.append(findings.clock(datetime.fromisoformat(found["ts"]).timestamp(), before, time.time()))
+        copies = found["config"]["num_replicas"]
+        alone = not (found.get("cluster") or {}).get("name")
+        advice = "" if copies >= 3 or alone else "a cluster can keep three: replicas=3 for new topics"
+        reviewed.append(Finding("replicas", "warn" if advice else "ok", str(copies), advice))
+        if self.features.durable == "host":
+            text = "taken on trust: the server does not tell its sync_interval"
+            reviewed.append(Finding("sync_interval", "ok", text))
+        account = await self.link.api("INFO")
+        limits = account["limits"]
+        full = "the account's events, topics or members are refused: raise it"
+        return [
+            *reviewed,
+            findings.room("storage", account["storage"] >> 20, limits["max_storage"] >> 20, full, " MiB"),
+            findings.room("streams", account["streams"], limits["max_streams"], full),
+            findings.room("consumers", account["consumers"], limits["max_consumers"], full),
+        ]
 
     # ---- data -------------------------------------------------------------------------------------------------------
 

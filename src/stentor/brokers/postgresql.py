@@ -8,31 +8,28 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 import re
-import socket
 import threading
 import time
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from functools import partial
-from typing import Any, Self, TypeVar
+from typing import Any, TypeVar
 
 import psycopg
 
-from stentor.broker import Features
+from stentor.broker import Features, Finding
+from stentor.brokers import findings
 from stentor.brokers.log import LogBroker
+from stentor.brokers.postgresql_client import Connection, Line, cut, failure, in_time, transacted, whole
 from stentor.brokers.postgresql_tables import TABLES, VERSION
 from stentor.brokers.storage import DUPLICATE, Entry, Held, Stored, Write
 from stentor.brokers.wire import pack_delayed, unpack, unpack_delayed, unpack_waiting
 from stentor.clock import Clock
 from stentor.connect import BrokerUrl
 from stentor.errors import (
-    AuthenticationFailed,
-    BrokerError,
     ConfigError,
     PublishUnknown,
     StentorError,
-    StorageFull,
     StorageUnusable,
     Unavailable,
     UnknownTopic,
@@ -40,7 +37,6 @@ from stentor.errors import (
 from stentor.message import Message, new_id
 
 T = TypeVar("T")
-Connection = psycopg.AsyncConnection[tuple[Any, ...]]
 
 WINDOW = 7 * 86400.0
 """Seconds for which a source and id are remembered."""
@@ -50,139 +46,9 @@ STARTING = 30.0
 """Seconds that a start may wait for others which make the tables."""
 LOOK = 5.0
 """Seconds after which a connection that only listens is asked whether it still stands."""
+OLD = 600.0
+"""Seconds after which a transaction is worth a word: as long as it is open, the tables grow."""
 _SEEN = "INSERT INTO seen SELECT id, %s FROM unnest(%s::text[]) AS id ON CONFLICT DO NOTHING RETURNING id"
-_ABSENT = {"28P01", "28000"}
-_FULL = {"53100", "53200", "54000"}
-
-
-def _error(error: Exception, broker: object) -> StentorError:
-    """What an error of the client is in Stentor's tree."""
-    state = getattr(error, "sqlstate", None)
-    text = (str(error).strip() or type(error).__name__).splitlines()[0]
-    if state in _ABSENT or "password authentication failed" in text or "no password supplied" in text:
-        return AuthenticationFailed(f"{broker} refuses the user or password: {text}")
-    if state in _FULL:
-        return StorageFull(f"{broker} has no room: {text}")
-    if state == "42501":
-        return StorageUnusable(f"{broker}: the role lacks a right: {text}")
-    if isinstance(error, psycopg.OperationalError | psycopg.InterfaceError | OSError):
-        return Unavailable(f"{broker} cannot be reached: {text}")
-    return BrokerError(f"{broker}: {text}")
-
-
-async def _whole(call: Awaitable[T]) -> T:
-    """Await a step that runs to its end in a task of its own: a cancelled one must not leave half a transaction."""
-    return await asyncio.shield(_quiet(call))
-
-
-def _quiet(call: Awaitable[T]) -> asyncio.Future[T]:
-    """A task whose error nobody has to ask for."""
-    task = asyncio.ensure_future(call)
-    task.add_done_callback(lambda done: None if done.cancelled() else done.exception())
-    return task
-
-
-def _transacted(step: Callable[[Connection], Awaitable[T]]) -> Callable[[Connection], Awaitable[T]]:
-    """The step in a transaction."""
-
-    async def run(connection: Connection) -> T:
-        async with connection.transaction():
-            return await step(connection)
-
-    return run
-
-
-async def _in_time(connection: Connection, call: Awaitable[T], patience: float) -> T:
-    """What the server answers within ``patience`` seconds; else its connection is cut. Raises TimeoutError.
-
-    A rollback, or the client's own way of cancelling, would wait for the same server.
-    """
-    task = _quiet(call)
-    try:
-        await asyncio.wait({task}, timeout=patience)
-        if task.done():
-            return task.result()
-        raise TimeoutError(f"no answer within {patience:g} s")
-    finally:
-        if not task.done():
-            _cut(connection)
-            await asyncio.wait({task})
-
-
-def _cut(connection: Connection | psycopg.Connection[tuple[Any, ...]]) -> None:
-    """Let the client see the end of the stream; to close it would leave its number to the next socket."""
-    with contextlib.suppress(OSError, psycopg.Error), socket.socket(fileno=os.dup(connection.fileno())) as way:
-        way.shutdown(socket.SHUT_RDWR)
-
-
-class _Line:
-    """One connection, used by one step at a time, made anew after it broke.
-
-    ``again``: its steps may be repeated, so one that meets a connection which broke while it was idle is.
-    """
-
-    def __init__(self, broker: PostgresBroker, *, again: bool = False) -> None:
-        self._broker = broker
-        self._again = again
-        self._connection: Connection | None = None
-        self._lock = asyncio.Lock()
-        self._closed = True
-
-    def open(self) -> Self:
-        self._closed = False
-        self._broker.lines.add(self)
-        return self
-
-    async def run(self, step: Callable[[Connection], Awaitable[T]], *, sent: Callable[[str], StentorError]) -> T:
-        """Run a step, which is one statement, or opens a transaction. When the connection breaks under it, ``sent``
-        makes the error.
-        """
-        return await _whole(self._run(step, sent))
-
-    async def _run(self, step: Callable[[Connection], Awaitable[T]], sent: Callable[[str], StentorError]) -> T:
-        async with self._lock:
-            idle = self._connection
-            try:
-                return await self._once(step, sent)
-            except Unavailable:
-                if not self._again or idle is None or self._connection is not None:
-                    raise
-            return await self._once(step, sent)
-
-    async def _once(self, step: Callable[[Connection], Awaitable[T]], sent: Callable[[str], StentorError]) -> T:
-        if self._closed:
-            raise Unavailable(f"{self._broker} is not open")
-        try:
-            if self._connection is None or self._connection.closed:
-                self._connection = await self._broker.session()
-        except (psycopg.Error, OSError) as error:
-            raise _error(error, self._broker) from None
-        try:
-            return await _in_time(self._connection, step(self._connection), self._broker.patience)
-        except asyncio.CancelledError:  # only when the loop ends
-            await self._drop()
-            raise
-        except (psycopg.Error, OSError, TimeoutError) as error:
-            broken = isinstance(error, TimeoutError) or self._connection.closed
-            if broken:
-                await self._drop()
-            found = _error(error, self._broker)
-            raise (sent(str(error)) if broken or isinstance(found, Unavailable) else found) from None
-
-    async def _drop(self) -> None:
-        if self._connection is not None:
-            await self._connection.close()
-            self._connection = None
-
-    async def close(self) -> None:
-        """Close the connection when the step that uses it has ended, also one that nobody awaits any more."""
-        self._closed = True
-        await _whole(self._close())
-
-    async def _close(self) -> None:
-        async with self._lock:
-            await self._drop()
-        self._broker.lines.discard(self)
 
 
 class PostgresBroker(LogBroker):
@@ -222,9 +88,9 @@ class PostgresBroker(LogBroker):
             "statement_timeout": int(self.patience * 1000),
         }
         self._arguments["options"] = " ".join(f"-c {name}={value}" for name, value in settings.items())
-        self.lines: set[_Line] = set()
+        self.lines: set[Line] = set()
         """All that may hold a connection, those of readers too."""
-        self._ask, self._append, self._written = _Line(self, again=True), _Line(self), _Line(self)
+        self._ask, self._append, self._written = Line(self, again=True), Line(self), Line(self)
         self._numbers: dict[str, int] = {}
         self._name = new_id()
         self._batch = 0
@@ -249,11 +115,11 @@ class PostgresBroker(LogBroker):
         try:
             connection = await self.session()
             try:
-                await _in_time(connection, _transacted(self._make_tables)(connection), STARTING)
+                await in_time(connection, transacted(self._make_tables)(connection), STARTING)
             finally:
                 await connection.close()
         except (psycopg.Error, OSError) as error:
-            raise _error(error, self) from None
+            raise failure(error, self) from None
         for line in (self._ask, self._append, self._written):
             line.open()
         self._listening = asyncio.create_task(self._listen(), name="stentor postgresql listen")
@@ -279,10 +145,37 @@ class PostgresBroker(LogBroker):
                 listening.cancel()
                 await asyncio.gather(listening, return_exceptions=True)
         finally:
-            await _whole(asyncio.gather(*(line.close() for line in self.lines)))
+            await whole(asyncio.gather(*(line.close() for line in self.lines)))
 
     async def ping(self) -> None:
         await self._rows("SELECT 1")
+
+    async def review(self) -> list[Finding]:
+        before = time.time()
+        [(moment, replica)] = await self._rows("SELECT extract(epoch FROM clock_timestamp()), pg_is_in_recovery()")
+        found = [findings.clock(float(moment), before, time.time())]
+        names = ("server_version", "fsync", "full_page_writes", "synchronous_commit", "autovacuum", "max_connections")
+        settings = dict(await self._rows("SELECT name, setting FROM pg_settings WHERE name = ANY(%s)", (list(names),)))
+        found.append(findings.version("PostgreSQL", settings["server_version"].partition(" ")[0], (14,)))
+        found += [
+            findings.setting(name, settings[name], ["on"], "a power cut can destroy the database", "fail")
+            for name in ("fsync", "full_page_writes")
+        ]
+        found.append(findings.setting("autovacuum", settings["autovacuum"], ["on"], "the tables only grow"))
+        if replica:
+            found.append(Finding("role", "fail", "a standby takes no events", "name the primary in the URL"))
+        [(used, oldest)] = await self._rows(
+            "SELECT count(*), max(extract(epoch FROM clock_timestamp() - xact_start)) FROM pg_stat_activity "
+            "WHERE backend_type = 'client backend'"
+        )
+        full = "workers are refused: raise max_connections, or let other programs share theirs"
+        found.append(findings.room("connections", used, int(settings["max_connections"]), full))
+        if float(oldest or 0) > OLD:
+            found.append(
+                Finding("transactions", "warn", f"one has been open for {float(oldest) / 60:.0f} minutes",
+                        "while it lasts vacuum frees nothing, and tables grow: end it (pg_stat_activity)")
+            )  # fmt: skip
+        return found
 
     async def _rows(self, query: str, values: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
         async def ask(connection: Connection) -> list[tuple[Any, ...]]:
@@ -297,11 +190,11 @@ class PostgresBroker(LogBroker):
             with contextlib.suppress(psycopg.Error, OSError):  # TimeoutError is an OSError
                 connection = await self.session()
                 try:
-                    await _in_time(connection, connection.execute(f"LISTEN {self._schema}"), self.patience)
+                    await in_time(connection, connection.execute(f"LISTEN {self._schema}"), self.patience)
                     while True:
                         async for _ in connection.notifies(timeout=LOOK):
                             self._news.set()
-                        await _in_time(connection, connection.execute("SELECT 1"), self.patience)
+                        await in_time(connection, connection.execute("SELECT 1"), self.patience)
                 finally:  # not ``async with``: that would wait for a rollback first
                     await connection.close()
             await asyncio.sleep(0.5)
@@ -334,7 +227,7 @@ class PostgresBroker(LogBroker):
         plain = len(topics) == 1 and not self._lost and all(e.message.fresh and not e.due for e in entries)
         try:
             found = await self._sent(
-                partial(self._put, entries) if plain else _transacted(partial(self._append_any, entries))
+                partial(self._put, entries) if plain else transacted(partial(self._append_any, entries))
             )
         except PublishUnknown as error:
             self._lost[self._batch] = [self._identity(e.message) for e in entries if e.message.fresh]
@@ -486,7 +379,7 @@ class PostgresBroker(LogBroker):
         for topic in {entry.topic for write in writes for entry in write.outputs}:
             await self._number(topic)
         found = await self._written.run(
-            _transacted(partial(self._write, writes)),
+            transacted(partial(self._write, writes)),
             sent=lambda why: Unavailable(f"{self}: it is not known whether this was written: {why}"),
         )
         if any(write.outputs for write in writes):
@@ -575,7 +468,7 @@ class PostgresBroker(LogBroker):
             await self._store(connection, [entry for number, entry in entries if number in ours])
 
         if entries:
-            await self._written.run(_transacted(fall), sent=lambda why: Unavailable(f"{self} cannot be reached: {why}"))
+            await self._written.run(transacted(fall), sent=lambda why: Unavailable(f"{self} cannot be reached: {why}"))
             self._news.set()
         [(first,)] = await self._rows("SELECT min(due) FROM delayed WHERE prefix = %s", (self.prefix,))
         return 0.5 if first is None else max(0.0, first - self.clock.now())
@@ -600,7 +493,7 @@ class PostgresReader:
 
     def __init__(self, broker: PostgresBroker) -> None:
         self._broker = broker
-        self._line = _Line(broker, again=True).open()
+        self._line = Line(broker, again=True).open()
         self._next: dict[tuple[str, int], tuple[Held, int]] = {}
         self._buffer: list[tuple[Held, int, Message]] = []
 
@@ -675,7 +568,7 @@ class PostgresHeart:
         self._execute("DELETE FROM lease WHERE name = %s", (self._prefix + name,))
 
     def _execute(self, query: str, values: Sequence[Any]) -> None:
-        watch = threading.Timer(self._patience, _cut, [self._connection])
+        watch = threading.Timer(self._patience, cut, [self._connection])
         watch.start()
         try:
             self._connection.execute(query, values)

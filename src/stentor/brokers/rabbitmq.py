@@ -17,7 +17,8 @@ from functools import partial
 from typing import Any
 from urllib.parse import unquote
 
-from stentor.broker import Features
+from stentor.broker import Features, Finding
+from stentor.brokers import findings
 from stentor.brokers.log_state import Feed, LogStateBroker, Read, encode_lease
 from stentor.brokers.rabbitmq_wire import NOT_FOUND, Channel, Connection, Login, Lost, Refused, Timestamp, short, table
 from stentor.brokers.storage import UNPLACED, Entry, Stored
@@ -331,6 +332,17 @@ class RabbitMQBroker(LogStateBroker):
         if connection.blocked:
             raise Unavailable(f"{self} takes no events now: {connection.blocked}")
         await self._there(f"{self.lease_topic}.0")
+
+    async def review(self) -> list[Finding]:
+        connection = await self._data.connection()
+        text = "a stream keeps what policies of the operator let it: none may set max-age or max-length-bytes"
+        return [
+            findings.version("RabbitMQ", connection.version, (3, 10)),
+            Finding("alarms", "warn" if connection.blocked else "ok", connection.blocked or "none",
+                    "publishers wait until it is over" if connection.blocked else ""),
+            findings.setting("channels", str(connection.most), [str(most) for most in range(256, 65536)], ""),
+            Finding("retention", "ok", text),
+        ]  # fmt: skip
 
     # ---- asking -----------------------------------------------------------------------------------------------------
 

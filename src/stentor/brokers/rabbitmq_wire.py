@@ -151,7 +151,8 @@ class Connection(asyncio.Protocol):
         self._free: list[int] = []
         self._rest = b""
         self._room = FRAME_MAX - 8
-        self._most = 2047
+        self.most = 2047
+        """Channels that it may have at once."""
         self._beats = 0.0
         self._heard = self._said = time.monotonic()
         self._beating: asyncio.TimerHandle | None = None
@@ -204,8 +205,8 @@ class Connection(asyncio.Protocol):
         if self._free:
             number = self._free.pop()
         else:
-            if self._numbers >= self._most:
-                raise Lost(f"the server allows {self._most} channels a connection")
+            if self._numbers >= self.most:
+                raise Lost(f"the server allows {self.most} channels a connection")
             self._numbers += 1
             number = self._numbers
         made = self._channels[number] = Channel(self, number)
@@ -294,7 +295,7 @@ class Connection(asyncio.Protocol):
             self._write(_call(0, CONNECTION_START_OK, table(properties) + short(way) + _long(answer) + short("en_US")))
         elif method == CONNECTION_TUNE:
             channels, size, beat = struct.unpack(">HIH", data)
-            self._most = min(channels or 65535, 65535)
+            self.most = min(channels or 65535, 65535)
             size = min(size or FRAME_MAX, FRAME_MAX)
             self._room = size - 8
             beat = login.heartbeat if not beat else min(beat, login.heartbeat)

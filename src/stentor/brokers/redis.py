@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import ssl
+import time
 from collections.abc import Awaitable, Sequence
 from typing import Any
 
@@ -17,7 +18,8 @@ from msgspec.msgpack import encode
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
-from stentor.broker import Durable, Features
+from stentor.broker import Durable, Features, Finding
+from stentor.brokers import findings
 from stentor.brokers.log import LogBroker
 from stentor.brokers.storage import DUPLICATE, Entry, Held, Stored, Write
 from stentor.brokers.wire import pack_delayed, unpack, unpack_delayed, unpack_waiting
@@ -245,15 +247,36 @@ class RedisBroker(LogBroker):
 
     async def _weak(self) -> str:
         """Which of the server's settings may lose events, where a user is allowed to read them."""
-        try:
-            found = await self._ask("CONFIG GET", "maxmemory-policy", "appendonly", "appendfsync")
-        except StentorError:
-            return ""  # a user without +config, or a hosted Redis that has no CONFIG
-        settings = {name.decode(): value.decode() for name, value in zip(found[::2], found[1::2], strict=True)}
+        settings = await self._settings()
         for name, wanted in self._wanted.items():
             if settings.get(name, wanted) != wanted:
                 return f"{name} is {settings[name]}, so that events can be lost; set it to {wanted}"
         return ""
+
+    async def _settings(self) -> dict[str, str]:
+        try:
+            found = await self._ask("CONFIG GET", "maxmemory-policy", "appendonly", "appendfsync")
+        except StentorError:
+            return {}  # a user without +config, or a hosted Redis that has no CONFIG
+        return {name.decode(): value.decode() for name, value in zip(found[::2], found[1::2], strict=True)}
+
+    async def review(self) -> list[Finding]:
+        before = time.time()
+        moment, micros = await self._ask("TIME")
+        found = [findings.clock(int(moment) + int(micros) / 1e6, before, time.time())]
+        lines = (await self._ask("INFO", "everything")).decode().splitlines()
+        info = dict(line.split(":", 1) for line in lines if ":" in line)
+        found.append(findings.version("Redis", info["redis_version"], (7,)))
+        settings = await self._settings()
+        for name, wanted in self._wanted.items():
+            found.append(findings.setting(name, settings.get(name), [wanted], "events can be lost"))
+        found.append(findings.setting("role", info["role"], ["master"], "a replica takes no events", "fail"))
+        if int(info["connected_slaves"]):
+            text = f"{info['connected_slaves']}: what was confirmed last is lost when one takes over"
+            found.append(Finding("replicas", "warn", text, "WAIT is not asked for: replication is asynchronous"))
+        used, most = int(info["used_memory"]), int(info["maxmemory"]) or int(info.get("total_system_memory", 0))
+        full = "publishers are refused: give it more memory, or let groups catch up"
+        return [*found, findings.room("memory", used >> 20, most >> 20, full, " MiB")]
 
     async def _turn(self, call: Awaitable[Any]) -> Any:
         """Wait for a connection: the client's pool raises an error where none is left."""

@@ -19,11 +19,13 @@ from typing import Any
 
 import msgspec
 
-from stentor.broker import Features
+from stentor.broker import Features, Finding
+from stentor.brokers import findings
 from stentor.brokers.log import LogBroker
 from stentor.brokers.logstore import Dropped, LogStore
 from stentor.brokers.rocketmq_remoting import (
     BROKER_CONFIG,
+    BROKER_STATE,
     CLUSTER,
     CREATE_TOPIC,
     DELETE_TOPIC,
@@ -159,6 +161,28 @@ class RocketMQBroker(LogBroker):
     async def ping(self) -> None:
         for _, address in await self.masters():
             check(await self._call(address, BROKER_CONFIG, {}), self)
+
+    async def review(self) -> list[Finding]:
+        found = []
+        for name, address in await self.masters():
+            told = check(await self._call(address, BROKER_CONFIG, {}), self).body.decode()
+            settings = dict(line.split("=", 1) for line in told.splitlines() if "=" in line)
+            state = msgspec.json.decode(check(await self._call(address, BROKER_STATE, {}), self).body)["table"]
+            version = state["brokerVersionDesc"].removeprefix("V").replace("_", ".")
+            found.append(findings.version("RocketMQ", version, (5, 1)))
+            if self.features.durable == "host":
+                why = "a power cut loses what was confirmed last"
+                found.append(findings.setting("flushDiskType", settings.get("flushDiskType"), ["SYNC_FLUSH"], why))
+            kept = int(settings["fileReservedTime"])
+            text = f"{name} removes events after {kept:,} hours, whoever still needs them"
+            good = kept >= 24 * 365
+            found.append(
+                Finding("fileReservedTime", "ok" if good else "warn", text, "" if good else "set a year: 8760")
+            )
+            full, used = int(settings["diskSpaceCleanForciblyRatio"]), float(state["commitLogDiskRatio"])
+            gone = "the oldest events are removed, whoever still needs them"
+            found.append(findings.room("disk", round(used * 100), full, gone, "%"))
+        return found
 
     async def _link(self, name: str) -> Link:
         task = self._links.get(name)

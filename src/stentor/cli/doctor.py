@@ -10,13 +10,11 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal
 
 import click
-from msgspec import Struct
 
 from stentor import __version__
-from stentor.broker import Broker
+from stentor.broker import Broker, Finding, Verdict
 from stentor.cli.exits import FAILED, fold
 from stentor.cli.load import load_app
 from stentor.cli.options import broker_option, json_option
@@ -25,21 +23,21 @@ from stentor.cli.session import database, describe, survival
 from stentor.connect import BrokerUrl, broker_url, connect
 from stentor.errors import StentorError
 
-Verdict = Literal["ok", "warn", "fail"]
 LITTLE_SPACE = 1 << 30
 NO_SPACE = 100 << 20
 NETWORK = {"nfs", "nfs4", "cifs", "smb3", "smbfs", "9p", "fuse.sshfs", "glusterfs", "ceph", "lustre", "afs"}
 VOLATILE = {"tmpfs", "ramfs"}
+STRONGER = {
+    "memory": "fine for tests; else take sqlite:///stentor.db or a server",
+    "sqlite": "drop the option synchronous=normal: publish then waits for the disk",
+    "redis": "drop the option durable=process, on a server with appendfsync always",
+    "rocketmq": "drop the option durable=process, on a server with flushDiskType=SYNC_FLUSH",
+    "nats": "set sync_interval: always on the server and add durable=host, or replicas=3 in a cluster",
+    "rabbitmq": "add replicas=3 in a cluster: a stream never waits for the disk of one node",
+    "kafka": "drop the option flush=0, or add replicas=3 in a cluster",
+}
+"""How the same broker keeps more."""
 MARKS = {"ok": ("✓", "green"), "warn": ("!", "yellow"), "fail": ("✗", "red")}
-
-
-class Finding(Struct, frozen=True):
-    """One thing that was looked at, what was found, and what to do about it."""
-
-    check: str
-    verdict: Verdict
-    found: str
-    advice: str = ""
 
 
 @click.command()
@@ -125,7 +123,7 @@ async def _broker(url: str | None) -> list[Finding]:
             findings.append(Finding("connection", "ok", f"answers after {span(time.monotonic() - began)}"))
         else:
             findings.append(Finding("connection", "fail", trouble))
-        findings += [await _clock(broker), *await _groups(broker)]
+        findings += [*await broker.review(), await _clock(broker), *await _groups(broker)]
     except StentorError as error:
         findings.append(Finding("connection", "fail", str(error)))
     finally:
@@ -139,12 +137,7 @@ def _durability(url: str, broker: Broker) -> Iterator[Finding]:
     namespace = BrokerUrl(url).namespace.rstrip(".")
     yield Finding("namespace", "ok", namespace or "none: topics and groups have their plain names")
     if features.durable == "process":
-        advice = (
-            "drop the option synchronous=normal: publish then waits for the disk"
-            if features.restart
-            else "fine for tests; else take sqlite:///stentor.db or a server"
-        )
-        yield Finding("durability", "warn", f"process: {survival(features)}", advice)
+        yield Finding("durability", "warn", f"process: {survival(features)}", STRONGER.get(features.name, ""))
     else:
         yield Finding("durability", "ok", f"{features.durable}: {survival(features)}")
     lacking = [

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any, Literal
 
-from stentor.broker import Admin, Broker, Consumer, Features, Owner, Start
+from stentor.broker import Admin, Broker, Consumer, Features, Finding, Owner, Start
 from stentor.errors import StentorError
 from stentor.event import Topic
 from stentor.message import Delivery, Failure, Mark, Message, Outcome, Partition, Receipt, Settlement
@@ -69,6 +69,9 @@ class FaultyBroker:
 
     def browse(self, topic: str, start: Start, *, follow: bool) -> AsyncIterator[tuple[int, Message]]:
         return self.inner.browse(topic, start, follow=follow)
+
+    async def review(self) -> list[Finding]:
+        return await self.inner.review()
 
     async def health(self) -> str | None:
         return str(self.away) if self.away is not None else await self.inner.health()
