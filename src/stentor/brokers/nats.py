@@ -160,7 +160,8 @@ class NatsBroker(LogStateBroker):
     async def review(self) -> list[Finding]:
         before = time.time()
         found = await self.link.api(f"STREAM.INFO.{stream_of(self.lease_topic)}")
-        reviewed = [findings.version("NATS", str(self.link.nc.connected_server_version), (2, 9))]
+        version = self.link.nc.connected_server_version
+        reviewed = [findings.version("NATS", f"{version.major}.{version.minor}.{version.patch}", (2, 9))]
         if "ts" in found:  # since 2.10
             reviewed.append(findings.clock(datetime.fromisoformat(found["ts"]).timestamp(), before, time.time()))
         copies = found["config"]["num_replicas"]

@@ -51,7 +51,7 @@ def doctor(ctx: click.Context, target: str | None, url: str | None, as_json: boo
     Looks at versions, the broker and its settings, disk, file system and clock; with MODULE:APP at the app too. The
     exit code is 1 when something is broken, 0 when all is well or could merely be better.
     """
-    findings = list(_installed())
+    findings = [_installed()]
     if target is not None:
         findings.append(_app(target))
     findings += asyncio.run(_broker(url))
@@ -73,9 +73,8 @@ def doctor(ctx: click.Context, target: str | None, url: str | None, as_json: boo
     ctx.exit(worst)
 
 
-def _installed() -> Iterator[Finding]:
-    yield Finding("stentor", "ok", f"{__version__}, Python {sys.version.split()[0]} ({sys.executable})")
-    yield _sqlite_version(sqlite3.sqlite_version_info)
+def _installed() -> Finding:
+    return Finding("stentor", "ok", f"{__version__}, Python {sys.version.split()[0]} ({sys.executable})")
 
 
 def _sqlite_version(version: tuple[int, ...]) -> Finding:
@@ -151,6 +150,7 @@ def _files(url: str) -> Iterator[Finding]:
     path = database(url)
     if path is None:
         return
+    yield _sqlite_version(sqlite3.sqlite_version_info)
     folder = path.parent
     if not folder.is_dir():
         yield Finding(
