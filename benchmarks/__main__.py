@@ -26,6 +26,8 @@ ROWS = {
     "redis": "benchmarks.redis",
     "redis-everysec": "benchmarks.redis_everysec",
     "postgresql": "benchmarks.postgresql",
+    "rabbitmq": "benchmarks.rabbitmq",
+    "kafka": "benchmarks.kafka",
     "nats": "benchmarks.nats",
     "nats-unsynced": "benchmarks.nats_unsynced",
 } | {f"flow-{name}": "" for name in RAW}

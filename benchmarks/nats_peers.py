@@ -16,6 +16,7 @@ from urllib.parse import urlsplit
 import servers
 from benchmarks.measure import Figures, timed
 from benchmarks.order import decode, encode, fields, plain_orders
+from benchmarks.outstanding import Seen
 
 MANY = 40_000
 SOME = 10_000
@@ -56,21 +57,6 @@ async def acknowledged(url: str, stream: str, durable: str) -> None:
             if not (found.num_pending or found.num_ack_pending):
                 return
             await asyncio.sleep(0.005)
-
-
-class Seen:
-    """What a handler has seen: starts the watch at the first event, and tells of the last."""
-
-    def __init__(self, count: int) -> None:
-        self.left = count
-        self.first = 0.0
-        self.all = asyncio.Event()
-
-    def add(self, count: int = 1) -> None:
-        self.first = self.first or time.perf_counter()
-        self.left -= count
-        if self.left <= 0:
-            self.all.set()
 
 
 # ---- the client alone ----------------------------------------------------------------------------------------------

@@ -16,7 +16,8 @@ from typing import Any
 from benchmarks import postgresql_peers as peers
 from benchmarks.measure import Bar, Case, Figures, Results, Row, timed
 from benchmarks.order import chunks, decode, encode, plain_orders
-from benchmarks.postgresql_peers import by_tasks, emptied, server
+from benchmarks.outstanding import by_tasks
+from benchmarks.postgresql_peers import emptied, server
 
 MANY = 60_000
 OUTSTANDING = 1_000

@@ -6,17 +6,16 @@ durability: every commit waits for the disk.
 
 from __future__ import annotations
 
-import asyncio
 import os
 import time
-from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import servers
-from benchmarks.measure import Figures, timed
+from benchmarks.measure import Figures
 from benchmarks.order import chunks, decode, encode, fields, plain_orders
+from benchmarks.outstanding import by_tasks
 
 SOME = 5_000
 OUTSTANDING = 100
@@ -40,20 +39,6 @@ async def emptied(folder: Path) -> str:
         await db.execute("DROP OWNED BY current_user CASCADE")
         await db.execute("CREATE SCHEMA IF NOT EXISTS public")
     return url
-
-
-async def by_tasks(publish: Callable[[Any], Awaitable[Any]], events: Sequence[Any], tasks: int) -> float:
-    """Calls a second that so many tasks make, each awaiting its own before the next."""
-
-    async def one(mine: Sequence[Any]) -> None:
-        for event in mine:
-            await publish(event)
-
-    with timed() as taken:
-        async with asyncio.TaskGroup() as group:
-            for number in range(tasks):
-                group.create_task(one(events[number::tasks]))
-    return len(events) / taken()
 
 
 class Seen:

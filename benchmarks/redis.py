@@ -16,7 +16,8 @@ from typing import Any
 from benchmarks import redis_peers as peers
 from benchmarks.measure import Bar, Case, Figures, Results, Row, timed
 from benchmarks.order import chunks, decode, encode, plain_orders
-from benchmarks.redis_peers import GROUP, by_tasks, emptied, server
+from benchmarks.outstanding import by_tasks
+from benchmarks.redis_peers import GROUP, emptied, server
 
 MANY = 60_000
 OUTSTANDING = 1_000

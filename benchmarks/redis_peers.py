@@ -6,13 +6,13 @@ They are imported where they are used, because none of them has to be installed.
 import asyncio
 import os
 import time
-from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import servers
-from benchmarks.measure import Figures, timed
+from benchmarks.measure import Figures
 from benchmarks.order import decode, encode, fields, plain_orders
+from benchmarks.outstanding import Seen, by_tasks
 
 SOME = 10_000
 FEW = 2_000
@@ -35,35 +35,6 @@ async def emptied(folder: Path, fsync: str) -> str:
         await client.flushall()
         await client.config_set("appendfsync", fsync)
     return url
-
-
-async def by_tasks(publish: Callable[[Any], Awaitable[Any]], events: Sequence[Any], tasks: int) -> float:
-    """Events a second that so many tasks publish, each awaiting its own event before the next."""
-
-    async def one(mine: Sequence[Any]) -> None:
-        for event in mine:
-            await publish(event)
-
-    with timed() as taken:
-        async with asyncio.TaskGroup() as group:
-            for number in range(tasks):
-                group.create_task(one(events[number::tasks]))
-    return len(events) / taken()
-
-
-class Seen:
-    """What a peer's handler has seen: starts the watch at the first event, and tells of the last."""
-
-    def __init__(self, count: int) -> None:
-        self.left = count
-        self.first = 0.0
-        self.all = asyncio.Event()
-
-    def add(self, count: int = 1) -> None:
-        self.first = self.first or time.perf_counter()
-        self.left -= count
-        if self.left <= 0:
-            self.all.set()
 
 
 async def acknowledged(url: str, stream: str, group: str) -> None:
