@@ -17,19 +17,21 @@ from benchmarks import kafka_peers as peers
 from benchmarks.flow import fresh
 from benchmarks.kafka_peers import server
 from benchmarks.measure import Bar, Case, Figures, Results, Row
+from benchmarks.order import chunks
 from benchmarks.outstanding import by_tasks
 
 MANY = 60_000
 OUTSTANDING = 1_000
 
 
-async def stentor(folder: Path, tasks: int = OUTSTANDING) -> Figures:
+async def stentor(folder: Path, tasks: int = OUTSTANDING, size: int = 1) -> Figures:
     """Tasks publish; then a group that keeps order by key handles all, from the first to the last ack."""
     from benchmarks.ours import Counter, counting_app, orders, publishing, settled
 
     url = fresh(server(folder))
     async with publishing(url) as app:
-        published = await by_tasks(app.publish, orders(MANY), tasks)
+        events = orders(MANY) if size == 1 else list(chunks(orders(MANY), size))
+        published = await by_tasks(app.publish, events, tasks) * size
     counter = Counter(MANY)
     app = counting_app(url, counter)
     async with app.running(new_groups=True):
@@ -69,9 +71,10 @@ ROW = Row(
     name="kafka",
     title="Kafka, acks=all: consume + decode + handler + ack, and confirmed publish",
     cases=[
-        Case("raw confluent-kafka", peers.confluent, "confluent-kafka", "500 a call, committed; a callback each"),
+        Case("raw confluent-kafka", peers.confluent, "confluent-kafka", "500 a call, committed; 1,000 unconfirmed"),
         Case("Stentor", _case(stentor), note=f"order by key; {OUTSTANDING:,} tasks publish"),
         Case("Stentor, 100 tasks", _case(partial(stentor, tasks=100)), note="the same, 100 tasks publish"),
+        Case("Stentor, lists", _case(partial(stentor, tasks=10, size=100)), note="10 tasks publish lists of 100"),
         Case(
             "FastStream confluent", _case(peers.faststream_confluent), "faststream[confluent]",
             "commits each 5 s; 1,000 tasks publish",
