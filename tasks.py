@@ -21,8 +21,13 @@ from collections.abc import Callable
 
 ROOT = Path(__file__).resolve().parent
 HERE = ROOT / ".venv"
+SHOWN = ROOT / "build" / "guarantees"
+"""What the suite showed of each broker, for the tables of docs/guarantees.md."""
 FAST = "not slow and not soak"
 SLOW = "slow and not conformance and not soak"
+TWICE = ("-n", str(2 * (os.cpu_count() or 1)))
+"""Two processes of tests a core: for tests that mostly wait."""
+BROKERS = ("memory", "sqlite", "redis", "postgresql", "nats", "rabbitmq", "rocketmq", "kafka")
 COMMANDS: dict[str, Callable[[list[str]], int]] = {}
 
 
@@ -94,7 +99,7 @@ def environment(group: str = "stentor", venv: Path = HERE, base: str = sys.execu
     installer: list[str | Path] = (
         ["uv", "pip", "install", "--python", python] if shutil.which("uv") else [python, "-m", "pip", "install"]
     )
-    what = ["--no-deps"] if group == "flights" else ["--editable", f"{ROOT}[http,brokers]"]
+    what = ["--no-deps"] if group == "flights" else ["--editable", f"{ROOT}[http,webhooks,deliver,brokers]"]
     start = time.monotonic()
     done = subprocess.run(
         [*installer, "--quiet", *what, *requirements(group)],
@@ -148,7 +153,7 @@ def test(args: list[str]) -> int:
     options = [arg for arg in args if arg != "--here"]
     programs = environment("test")
     minor = int(ask(programs / "python", "import sys; print(sys.version_info.minor)"))
-    results = {minor: pytest(programs, "-m", FAST, *options)}
+    results = {minor: pytest(programs, "-m", FAST, *TWICE, *options)}
     others = {} if "--here" in args else interpreters()
     others.pop(minor, None)
     for other, path in others.items():
@@ -158,7 +163,7 @@ def test(args: list[str]) -> int:
         except CannotMakeEnvironment as missing:
             print(f"skipped: the tests on Python 3.{other}. {missing}", flush=True)
             continue
-        results[other] = pytest(programs, "-m", FAST, *options)
+        results[other] = pytest(programs, "-m", FAST, *TWICE, *options)
     if others:
         print("\n" + "\n".join(f"Python 3.{v}: {'failed' if code else 'passed'}" for v, code in results.items()))
     return max(results.values())
@@ -168,14 +173,17 @@ def test(args: list[str]) -> int:
 def slow(args: list[str]) -> int:
     """Run the slow tests: real processes and their deaths, the flights example through kill -9."""
     environment("flights")
-    return pytest(environment("test"), "-m", SLOW, *args)
+    return pytest(environment("test"), "-m", SLOW, *TWICE, *args)
 
 
 @command
 def conformance(args: list[str]) -> int:
     """Run the contract's tests on every broker, or on one: `conformance redis`. Real servers are started for it."""
-    chosen = ["-k", args.pop(0)] if args and not args[0].startswith("-") else []
-    return pytest(environment("test"), "-m", "conformance and not soak", *chosen, *args)
+    chosen = []
+    if args and not args[0].startswith("-"):
+        name = args.pop(0)
+        chosen = ["-k", name, f"--junitxml={SHOWN / name}.xml"]
+    return pytest(environment("test"), "-m", "conformance and not soak", *TWICE, *chosen, *args)
 
 
 @command
@@ -186,7 +194,14 @@ def soak(args: list[str]) -> int:
         at = args.index("--minutes")
         minutes = args[at + 1]
         args = args[:at] + args[at + 2 :]
-    return pytest(environment("test"), "-m", "soak", *args, STENTOR_SOAK_MINUTES=minutes)
+    kept = f"--junitxml={SHOWN / 'soak'}.xml"
+    return pytest(environment("test"), "-m", "soak", kept, *TWICE, *args, STENTOR_SOAK_MINUTES=minutes)
+
+
+@command
+def guarantees(args: list[str]) -> int:
+    """Write the tables of docs/guarantees.md from what `conformance NAME` and `soak` showed here, as CI runs them."""
+    return run(environment("test") / "python", "-m", "docs.gen_guarantees", *args)
 
 
 @command
@@ -249,6 +264,12 @@ def bench(args: list[str]) -> int:
 
 
 @command
+def seven(args: list[str]) -> int:
+    """Put all seven brokers under one load; writes docs/bench/seven.html and what `stentor choose` ships with."""
+    return run(environment("test") / "python", "-m", "benchmarks.seven", *args)
+
+
+@command
 def servers(args: list[str]) -> int:
     """Start real servers on this machine, without Docker: `servers up kafka redis`, `servers down`, `servers list`."""
     return run(environment("test") / "python", "-m", "servers", *args)
@@ -265,10 +286,7 @@ def flights(args: list[str]) -> int:
 def ci(_args: list[str]) -> int:
     """Run all that must hold before a change lands, and say which step failed."""
     steps = ["test", "lint", "types", "docs", "slow"]
-    steps += [
-        f"conformance {name}"
-        for name in ("memory", "sqlite", "redis", "postgresql", "kafka", "nats", "rabbitmq", "rocketmq")
-    ]
+    steps += [f"conformance {name}" for name in BROKERS]
     steps += ["soak --minutes 2"]
     counts = dict.fromkeys(("failed", "passed", "skipped", "xfailed", "errors"), 0)
     report: list[str] = []

@@ -11,26 +11,35 @@ from dataclasses import replace
 from pathlib import Path
 
 from benchmarks import flow, measure
-from benchmarks.flow_raw import RAW
 from benchmarks.measure import Bar, Row
 
 ROWS = {
     "memory": "benchmarks.memory",
+    "meter": "benchmarks.meter",
+    "auto": "benchmarks.auto",
+    "capacity": "benchmarks.capacity",
+    "batching": "benchmarks.batching",
+    "forecast": "benchmarks.forecast",
     "sqlite-publish": "benchmarks.sqlite_publish",
     "sqlite-consume": "benchmarks.sqlite_consume",
     "sqlite-latency": "benchmarks.sqlite_latency",
     "sqlite-writers": "benchmarks.sqlite_writers",
     "footprint": "benchmarks.footprint",
+    "deliver": "benchmarks.deliver",
     "backlog": "benchmarks.backlog",
+    "drain": "benchmarks.drain",
     "keys": "benchmarks.keys",
     "redis": "benchmarks.redis",
     "redis-everysec": "benchmarks.redis_everysec",
     "postgresql": "benchmarks.postgresql",
     "rabbitmq": "benchmarks.rabbitmq",
+    "cdc": "benchmarks.cdc",
     "kafka": "benchmarks.kafka",
+    "rocketmq": "benchmarks.rocketmq",
     "nats": "benchmarks.nats",
     "nats-unsynced": "benchmarks.nats_unsynced",
-} | {f"flow-{name}": "" for name in RAW}
+    "gateway": "benchmarks.gateway",
+} | {f"flow-{name}": "" for name in flow.BROKERS}
 
 
 def arguments() -> argparse.Namespace:
@@ -38,7 +47,7 @@ def arguments() -> argparse.Namespace:
         prog="python -m benchmarks", description="Measure Stentor beside its peers; exit code 1 when a bar falls short."
     )
     parser.add_argument(
-        "names", nargs="+", metavar="NAME", choices=[*ROWS, "flow", "all"],
+        "names", nargs="+", metavar="NAME", choices=[*ROWS, "flow", *flow.BROKERS, "all"],
         help=f"all, {', '.join(ROWS)}; `flow`, or `flow redis kafka`: the rows flow-*",
     )  # fmt: skip
     parser.add_argument("--rounds", type=int, default=5, help="how often each case runs (default 5)")
@@ -53,7 +62,7 @@ def arguments() -> argparse.Namespace:
 def rows(names: list[str]) -> list[str]:
     """The rows meant: after ``flow`` come brokers, all of them if none is named."""
     if names[0] == "flow":
-        return [f"flow-{name}" for name in names[1:] or RAW]
+        return [f"flow-{name}" for name in names[1:] or flow.BROKERS]
     return list(ROWS if "all" in names else dict.fromkeys(names))
 
 

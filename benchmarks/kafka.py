@@ -7,7 +7,6 @@ handler, acknowledgement. The server is started by the row itself.
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -17,28 +16,15 @@ from benchmarks import kafka_peers as peers
 from benchmarks.flow import fresh
 from benchmarks.kafka_peers import server
 from benchmarks.measure import Bar, Case, Figures, Results, Row
-from benchmarks.order import chunks
-from benchmarks.outstanding import by_tasks
 
 MANY = 60_000
 OUTSTANDING = 1_000
 
 
 async def stentor(folder: Path, tasks: int = OUTSTANDING, size: int = 1) -> Figures:
-    """Tasks publish; then a group that keeps order by key handles all, from the first to the last ack."""
-    from benchmarks.ours import Counter, counting_app, orders, publishing, settled
+    from benchmarks.ours import measured
 
-    url = fresh(server(folder))
-    async with publishing(url) as app:
-        events = orders(MANY) if size == 1 else list(chunks(orders(MANY), size))
-        published = await by_tasks(app.publish, events, tasks) * size
-    counter = Counter(MANY)
-    app = counting_app(url, counter)
-    async with app.running(new_groups=True):
-        await counter.done.wait()
-        await settled(app)
-        taken = time.perf_counter() - counter.first
-    return {"consume": MANY / taken, "publish": published}
+    return await measured(fresh(server(folder)), MANY, tasks, size)
 
 
 def bars(results: Results) -> list[Bar]:

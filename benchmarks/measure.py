@@ -260,6 +260,7 @@ def run(row: Row, rounds: int, folder: Path) -> Results:
                 continue
             _progress(f"{row.name}: round {turn} of {rounds}, {case.name}")
             figures, why = in_process(case.run, folder)
+            _note(row, turn, case, figures, why)
             if figures is not None:
                 results.rounds.setdefault(case.name, []).append(figures)
             elif why.startswith("no module") and case.requires:
@@ -273,6 +274,13 @@ def run(row: Row, rounds: int, folder: Path) -> Results:
 def _progress(text: str) -> None:
     if sys.stderr.isatty():
         print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
+
+
+def _note(row: Row, turn: int, case: Case, figures: Figures | None, why: str) -> None:
+    """Where nobody watches: what a long run has found by now, should it not come to its end."""
+    if not sys.stderr.isatty():
+        found = why or ", ".join(f"{name} {number(value)}" for name, value in (figures or {}).items())
+        print(f"{row.name}, round {turn}, {case.name}: {found}", file=sys.stderr, flush=True)
 
 
 def number(value: float) -> str:

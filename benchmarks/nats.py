@@ -7,32 +7,21 @@ handler, acknowledgement. The server is started by the row itself.
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Awaitable, Callable
 from functools import partial
 from pathlib import Path
 
 from benchmarks import nats_peers as peers
 from benchmarks.measure import Bar, Case, Figures, Results, Row
-from benchmarks.outstanding import by_tasks
 
 MANY = 40_000
 OUTSTANDING = 1_000
 
 
-async def stentor(url: str, tasks: int = OUTSTANDING) -> Figures:
-    """Tasks publish; then a group that keeps order by key handles all, from the first to the last ack."""
-    from benchmarks.ours import Counter, counting_app, orders, publishing, settled
+async def stentor(url: str, tasks: int = OUTSTANDING, size: int = 1) -> Figures:
+    from benchmarks.ours import measured
 
-    async with publishing(url) as app:
-        published = await by_tasks(app.publish, orders(MANY), tasks)
-    counter = Counter(MANY)
-    app = counting_app(url, counter)
-    async with app.running(new_groups=True):
-        await counter.done.wait()
-        await settled(app)
-        taken = time.perf_counter() - counter.first
-    return {"consume": MANY / taken, "publish": published}
+    return await measured(url, MANY, tasks, size)
 
 
 def bars(results: Results) -> list[Bar]:
@@ -69,6 +58,7 @@ def row(name: str, server: str, sync: str) -> Row:
             Case("nats-py push", of(peers.push), "nats-py", "callback, ack each; the same publish"),
             Case("Stentor", of(stentor), note=f"order by key; {OUTSTANDING:,} tasks publish"),
             Case("Stentor, 100 tasks", of(partial(stentor, tasks=100)), note="the same, 100 tasks publish"),
+            Case("Stentor, lists", of(partial(stentor, tasks=10, size=100)), note="10 tasks publish lists of 100"),
             Case("FastStream push", faststream("push"), "faststream[nats]", "1,000 tasks publish"),
             Case("FastStream pull", faststream("pull"), "faststream[nats]", "requests of 500; the same publish"),
             Case("FastStream batch", faststream("batch"), "faststream[nats]", "lists of 500; the same publish"),

@@ -8,7 +8,9 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
-from benchmarks.order import fields
+from benchmarks.measure import Figures
+from benchmarks.order import chunks, fields
+from benchmarks.outstanding import by_tasks
 from stentor import App, Event, Group
 
 
@@ -70,3 +72,19 @@ async def settled(app: App, group: str = "bench") -> None:
     """Return when nothing waits for a group any more: all is handled and acknowledged."""
     while any(lag.events or lag.parked for lag in await app.broker.admin.lag() if lag.group == group):
         await asyncio.sleep(0)
+
+
+async def measured(broker: str, count: int, tasks: int, size: int = 1) -> Figures:
+    """So many tasks publish, one event or a list of ``size`` a call; then a group that keeps order by key handles all,
+    from the first handled to the last acknowledged.
+    """
+    async with publishing(broker) as app:
+        events = orders(count) if size == 1 else chunks(orders(count), size)
+        published = await by_tasks(app.publish, events, tasks) * size
+    counter = Counter(count)
+    app = counting_app(broker, counter)
+    async with app.running(new_groups=True):
+        await counter.done.wait()
+        await settled(app)
+        taken = time.perf_counter() - counter.first
+    return {"consume": count / taken, "publish": published}

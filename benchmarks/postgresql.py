@@ -7,7 +7,6 @@ handler, acknowledgement. The server is started by the row itself.
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -16,7 +15,6 @@ from typing import Any
 from benchmarks import postgresql_peers as peers
 from benchmarks.measure import Bar, Case, Figures, Results, Row, timed
 from benchmarks.order import chunks, decode, encode, plain_orders
-from benchmarks.outstanding import by_tasks
 from benchmarks.postgresql_peers import emptied, server
 
 MANY = 60_000
@@ -56,31 +54,26 @@ async def raw(folder: Path) -> Figures:
 # ---- ours ----------------------------------------------------------------------------------------------------------
 
 
-async def stentor(folder: Path, tasks: int = OUTSTANDING) -> Figures:
-    """Tasks publish; then a group that keeps order by key handles all, from the first to the last ack."""
-    from benchmarks.ours import Counter, counting_app, orders, publishing, settled
+async def stentor(folder: Path, tasks: int = OUTSTANDING, size: int = 1) -> Figures:
+    from benchmarks.ours import measured
 
-    url = await emptied(folder)
-    async with publishing(url) as app:
-        published = await by_tasks(app.publish, orders(MANY), tasks)
-    counter = Counter(MANY)
-    app = counting_app(url, counter)
-    async with app.running(new_groups=True):
-        await counter.done.wait()
-        await settled(app)
-        taken = time.perf_counter() - counter.first
-    return {"consume": MANY / taken, "publish": published}
+    return await measured(await emptied(folder), MANY, tasks, size)
 
 
 # ---- the row -------------------------------------------------------------------------------------------------------
 
 
 def bars(results: Results) -> list[Bar]:
+    """Single publishes beside single ones, lists of 100 beside lists of 100, each by as many tasks; one consumer."""
     return [
-        Bar(f"{column}, times {peer}", results.ratios("Stentor", peer, column), 3, at_least=True)
-        for column in ("consume", "publish")
-        for peer in ("procrastinate", "procrastinate, lists", "pgqueuer", "pgqueuer, lists")
-    ]
+        Bar(f"{column}, times {peer}", results.ratios(ours, peer, column), 3, at_least=True)
+        for column, single, lists in (
+            ("consume", "Stentor", "Stentor"), ("publish", "Stentor, 100 tasks", "Stentor, lists"),
+        )
+        for peer, ours in (
+            ("procrastinate", single), ("procrastinate, lists", lists), ("pgqueuer", single), ("pgqueuer, lists", lists)
+        )
+    ]  # fmt: skip
 
 
 def _case(run: Callable[[Path], Any]) -> Callable[[Path], Figures]:
@@ -104,6 +97,7 @@ ROW = Row(
         Case("raw psycopg", _case(raw), "psycopg[binary]", "100 a transaction; SKIP LOCKED 100, deleted"),
         Case("Stentor", _case(stentor), note=f"order by key; {OUTSTANDING:,} tasks publish"),
         Case("Stentor, 100 tasks", _case(partial(stentor, tasks=100)), note="the same, 100 tasks publish"),
+        Case("Stentor, lists", _case(partial(stentor, tasks=10, size=100)), note="10 tasks publish lists of 100"),
         Case("procrastinate", _case(partial(peers.procrastinate, lists=False)), "procrastinate", "100 at once; by one"),
         Case("procrastinate, lists", _case(partial(peers.procrastinate, lists=True)), "procrastinate", "100 a call"),
         Case("pgqueuer", _case(partial(peers.pgqueuer, lists=False)), "pgqueuer[asyncpg]", "10 a fetch; one by one"),

@@ -7,7 +7,6 @@ process: decode, handler, acknowledgement. The server is started by the row itse
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -16,31 +15,16 @@ from typing import Any
 from benchmarks import rabbitmq_peers as peers
 from benchmarks.flow import fresh
 from benchmarks.measure import Bar, Case, Figures, Results, Row
-from benchmarks.order import chunks
-from benchmarks.outstanding import by_tasks
 from benchmarks.rabbitmq_peers import server
 
 MANY = 40_000
 OUTSTANDING = 1_000
 
 
-async def stentor(folder: Path, tasks: int = OUTSTANDING, lists: bool = False) -> Figures:
-    """Tasks publish; then a group that keeps order by key handles all, from the first to the last ack."""
-    from benchmarks.ours import Counter, counting_app, orders, publishing, settled
+async def stentor(folder: Path, tasks: int = OUTSTANDING, size: int = 1) -> Figures:
+    from benchmarks.ours import measured
 
-    url = fresh(server(folder))
-    async with publishing(url) as app:
-        if lists:
-            published = 100 * await by_tasks(app.publish, chunks(orders(MANY), 100), tasks)
-        else:
-            published = await by_tasks(app.publish, orders(MANY), tasks)
-    counter = Counter(MANY)
-    app = counting_app(url, counter)
-    async with app.running(new_groups=True):
-        await counter.done.wait()
-        await settled(app)
-        taken = time.perf_counter() - counter.first
-    return {"consume": MANY / taken, "publish": published}
+    return await measured(fresh(server(folder)), MANY, tasks, size)
 
 
 def bars(results: Results) -> list[Bar]:
@@ -76,7 +60,7 @@ ROW = Row(
         Case("pika select", _case(peers.pika), "pika", "1,000 ahead, acks of 100; 1,000 unconfirmed at once"),
         Case("Stentor", _case(stentor), note=f"streams; order by key; {OUTSTANDING:,} tasks publish"),
         Case("Stentor, 100 tasks", _case(stentor, tasks=100), note="the same, 100 tasks publish"),
-        Case("Stentor, lists", _case(stentor, tasks=10, lists=True), note="the same, 10 tasks publish lists of 100"),
+        Case("Stentor, lists", _case(stentor, tasks=10, size=100), note="the same, 10 tasks publish lists of 100"),
         Case("FastStream", _case(peers.faststream), "faststream[rabbit]", "no limit ahead; 1,000 tasks publish"),
         Case(
             "FastStream, prefetch 100", _case(peers.faststream, prefetch=100), "faststream[rabbit]", "the same, a limit"

@@ -7,7 +7,6 @@ handler, acknowledgement. The server is started by the row itself.
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -16,7 +15,6 @@ from typing import Any
 from benchmarks import redis_peers as peers
 from benchmarks.measure import Bar, Case, Figures, Results, Row, timed
 from benchmarks.order import chunks, decode, encode, plain_orders
-from benchmarks.outstanding import by_tasks
 from benchmarks.redis_peers import GROUP, emptied, server
 
 MANY = 60_000
@@ -53,20 +51,10 @@ async def raw(folder: Path, fsync: str) -> Figures:
 # ---- ours ----------------------------------------------------------------------------------------------------------
 
 
-async def stentor(folder: Path, fsync: str, tasks: int = OUTSTANDING) -> Figures:
-    """A thousand tasks publish; then a group that keeps order by key handles all, from the first to the last ack."""
-    from benchmarks.ours import Counter, counting_app, orders, publishing, settled
+async def stentor(folder: Path, fsync: str, tasks: int = OUTSTANDING, size: int = 1) -> Figures:
+    from benchmarks.ours import measured
 
-    url = await emptied(folder, fsync)
-    async with publishing(url) as app:
-        published = await by_tasks(app.publish, orders(MANY), tasks)
-    counter = Counter(MANY)
-    app = counting_app(url, counter)
-    async with app.running(new_groups=True):
-        await counter.done.wait()
-        await settled(app)
-        taken = time.perf_counter() - counter.first
-    return {"consume": MANY / taken, "publish": published}
+    return await measured(await emptied(folder, fsync), MANY, tasks, size)
 
 
 # ---- the row -------------------------------------------------------------------------------------------------------
@@ -102,6 +90,7 @@ def row(name: str, fsync: str) -> Row:
             Case("raw redis-py", of(raw), "redis[hiredis]", "XREADGROUP 500 + XACK; pipelines of 100"),
             Case("Stentor", of(stentor), note=f"order by key; {OUTSTANDING:,} tasks publish"),
             Case("Stentor, 100 tasks", of(partial(stentor, tasks=100)), note="the same, 100 tasks publish"),
+            Case("Stentor, lists", of(partial(stentor, tasks=10, size=100)), note="10 tasks publish lists of 100"),
             Case("FastStream", of(peers.faststream), "faststream[redis]", "one by one; 100 tasks publish"),
             Case("FastStream, lists", of(peers.faststream_batch), "faststream[redis]", "lists of 100, acked as one"),
             Case("taskiq", of(peers.taskiq), "taskiq-redis", "100 at once; 100 tasks publish"),

@@ -11,6 +11,7 @@ import fcntl
 import importlib
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -33,9 +34,12 @@ SERVERS = {
     "nats29": "servers.nats:Nats29",
     "kafka": "servers.kafka:Kafka",
     "kafka3": "servers.kafka:Kafka3",
+    "kafka39": "servers.kafka:Kafka39",
     "rocketmq": "servers.rocketmq:RocketMQ",
+    "mosquitto": "servers.mosquitto:Mosquitto",
+    "mariadb": "servers.mariadb:MariaDB",
 }
-"""By name: the module and class of each server. ``kafka3`` is a cluster of three nodes."""
+"""By name: the module and class of each server. ``kafka3`` is a cluster of three nodes, ``kafka39`` an old version."""
 
 
 class Missing(Exception):
@@ -46,10 +50,12 @@ class Server:
     """A real server in a folder of its own, on ports of its own; one object may be started again after its end.
 
     ``secure`` asks for TLS with a certificate authority of its own (see ``servers.tls``) and for a user and password;
-    ``url`` has all that is needed to use it.
+    ``url`` has all that is needed to use it. With ``mutual`` set before the start a secure server lets nobody in
+    without a certificate of that authority, password or not.
     """
 
     name = ""
+    mutual = False
 
     def __init__(self, folder: Path, *, secure: bool = False) -> None:
         self.folder = folder
@@ -60,6 +66,11 @@ class Server:
     @classmethod
     def install(cls) -> None:
         """Get the server's program where it is not there yet. Raises Missing."""
+        raise NotImplementedError
+
+    @classmethod
+    def release(cls) -> str:
+        """The version of the installed program."""
         raise NotImplementedError
 
     @property
@@ -135,6 +146,12 @@ class Server:
 
     def __exit__(self, *exc: object) -> None:
         self.kill()
+
+
+def printed_version(*command: str | Path) -> str:
+    """The first number with dots that a command prints."""
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=True)
+    return next(iter(re.findall(r"\d+(?:\.\d+)+", done.stdout)), "unknown")
 
 
 def free_port() -> int:

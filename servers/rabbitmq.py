@@ -10,7 +10,7 @@ from pathlib import Path
 from urllib.parse import quote
 
 from servers import Missing, Server, apt, free_port, listens
-from servers.tls import PASSWORD, USER, certificates
+from servers.tls import PASSWORD, USER, certificates, files
 
 PROGRAMS = Path("/usr/lib/rabbitmq/bin")
 """The programs themselves: the wrappers on the PATH change to another user and know one node only."""
@@ -18,6 +18,8 @@ PROGRAMS = Path("/usr/lib/rabbitmq/bin")
 
 class RabbitMQ(Server):
     """One node with a name, ports, an epmd and data of its own; Stentor needs no plugin.
+
+    The secure node has the one that takes a client's certificate for its user (the common name).
 
     A stream is confirmed when the node has it, before the disk has: RabbitMQ has no setting for that.
     """
@@ -33,13 +35,18 @@ class RabbitMQ(Server):
         """Get RabbitMQ 3.10 or newer. Raises Missing."""
         apt("rabbitmq-server", program=str(PROGRAMS / "rabbitmq-server"))
 
+    @classmethod
+    def release(cls) -> str:
+        """Its programs tell nothing while no node runs, and their folder has the version in its name."""
+        return next(path.name.rpartition("-")[2] for path in PROGRAMS.parent.glob("lib/rabbitmq_server-*"))
+
     @property
     def url(self) -> str:
         """The broker URL of the running server."""
         if not self.secure:
             return f"amqp://127.0.0.1:{self.port}"
         login = f"{USER}:{quote(PASSWORD, safe='')}"
-        return f"amqps://{login}@localhost:{self.port}?ca={quote(str(self.folder / 'tls' / 'ca.pem'))}"
+        return f"amqps://{login}@localhost:{self.port}?{files(self.folder / 'tls', self.mutual)}"
 
     def start(self) -> None:
         """Start, or start again on the same data and ports; back when it takes connections."""
@@ -55,12 +62,16 @@ class RabbitMQ(Server):
                 "ssl_options.certfile": str(tls / "server.pem"),
                 "ssl_options.keyfile": str(tls / "server.key"),
                 "ssl_options.verify": "verify_peer",
-                "ssl_options.fail_if_no_peer_cert": "false",
+                "ssl_options.fail_if_no_peer_cert": str(self.mutual).lower(),
+                "auth_mechanisms.1": "PLAIN",
+                "auth_mechanisms.2": "EXTERNAL",
+                "ssl_cert_login_from": "common_name",
             }
         else:
             settings["listeners.tcp.1"] = address
         (self.folder / "rabbitmq.conf").write_text("".join(f"{name} = {value}\n" for name, value in settings.items()))
-        (self.folder / "enabled_plugins").write_text("[].\n")
+        plugins = "rabbitmq_auth_mechanism_ssl" if self.secure else ""
+        (self.folder / "enabled_plugins").write_text(f"[{plugins}].\n")
         epmd = shutil.which("epmd")
         if epmd is None:
             raise Missing("epmd is not installed; as root: apt-get install erlang-base")

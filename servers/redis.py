@@ -9,8 +9,8 @@ import ssl
 from pathlib import Path
 from urllib.parse import quote
 
-from servers import Server, apt, free_port
-from servers.tls import PASSWORD, USER, certificates
+from servers import Server, apt, free_port, printed_version
+from servers.tls import PASSWORD, USER, certificates, files
 
 
 class Redis(Server):
@@ -31,13 +31,17 @@ class Redis(Server):
         """Get ``redis-server`` 7.0 or newer. Raises Missing."""
         apt("redis-server", program="redis-server")
 
+    @classmethod
+    def release(cls) -> str:
+        return printed_version("redis-server", "--version")
+
     @property
     def url(self) -> str:
         """The broker URL of the running server."""
         if not self.secure:
             return f"redis://127.0.0.1:{self.port}"
         login = f"{USER}:{quote(PASSWORD, safe='')}"
-        return f"rediss://{login}@localhost:{self.port}?ca={quote(str(self.folder / 'tls' / 'ca.pem'))}"
+        return f"rediss://{login}@localhost:{self.port}?{files(self.folder / 'tls', self.mutual)}"
 
     def start(self) -> None:
         """Start, or start again on the same data and port; back when the data is loaded."""
@@ -59,7 +63,7 @@ class Redis(Server):
                 "tls-ca-cert-file": f'"{tls / "ca.pem"}"',
                 "tls-cert-file": f'"{tls / "server.pem"}"',
                 "tls-key-file": f'"{tls / "server.key"}"',
-                "tls-auth-clients": "optional",
+                "tls-auth-clients": "yes" if self.mutual else "optional",
             }
         lines = [f"{name} {value}" for name, value in settings.items()]
         if self.secure:
@@ -75,7 +79,9 @@ class Redis(Server):
         with contextlib.ExitStack() as stack:
             line: socket.socket = stack.enter_context(socket.create_connection(("127.0.0.1", self.port), 5))
             if self.secure:
-                trust = ssl.create_default_context(cafile=str(self.folder / "tls" / "ca.pem"))
+                tls = self.folder / "tls"
+                trust = ssl.create_default_context(cafile=str(tls / "ca.pem"))
+                trust.load_cert_chain(tls / "client.pem", tls / "client.key")
                 line = stack.enter_context(trust.wrap_socket(line, server_hostname="localhost"))
                 line.sendall(command("AUTH", USER, PASSWORD))
                 if not line.recv(100).startswith(b"+OK"):

@@ -16,7 +16,7 @@ from pathlib import Path
 from urllib.parse import quote
 
 from servers import Server, free_port, listens, maven
-from servers.tls import PASSWORD, USER, certificates
+from servers.tls import PASSWORD, USER, certificates, files
 
 VERSION = "5.3.3"
 NAME_SERVER = "org.apache.rocketmq.namesrv.NamesrvStartup"
@@ -37,12 +37,14 @@ class RocketMQ(Server):
     """One name server and one broker that flushes each message to the disk before it confirms (SYNC_FLUSH).
 
     Nothing is removed by age for a year, nor by force when the disk fills: Stentor's groups may not have seen it yet.
+    ``front`` is another address of this machine that clients are sent to: for a proxy between them, on the same port.
     """
 
     name = "rocketmq"
 
-    def __init__(self, folder: Path, *, secure: bool = False) -> None:
+    def __init__(self, folder: Path, *, secure: bool = False, front: str = "") -> None:
         super().__init__(folder, secure=secure)
+        self.front = front
         self.port = free_port()
         self.broker_port = broker_port()
         self.ha_port = free_port()
@@ -53,12 +55,16 @@ class RocketMQ(Server):
     def install(cls) -> None:
         classpath()
 
+    @classmethod
+    def release(cls) -> str:
+        return VERSION
+
     @property
     def url(self) -> str:
         if not self.secure:
             return f"rocketmq://127.0.0.1:{self.port}"
-        ca = certificates(self.folder / "tls") / "ca.pem"
-        return f"rocketmq://{USER}:{quote(PASSWORD, safe='')}@localhost:{self.port}?tls=1&ca={quote(str(ca))}"
+        login = f"{USER}:{quote(PASSWORD, safe='')}"
+        return f"rocketmq://{login}@localhost:{self.port}?tls=1&{files(self.folder / 'tls', self.mutual)}"
 
     @property
     def grpc(self) -> str:
@@ -112,7 +118,8 @@ class RocketMQ(Server):
             "brokerClusterName": "DefaultCluster",
             "brokerName": "broker-a",
             "brokerId": 0,
-            "brokerIP1": "localhost" if self.secure else "127.0.0.1",
+            "brokerIP1": self.front or ("localhost" if self.secure else "127.0.0.1"),
+            "bindAddress": "127.0.0.1",
             "brokerRole": "ASYNC_MASTER",
             "listenPort": self.broker_port,
             "haListenPort": self.ha_port,
@@ -143,6 +150,11 @@ class RocketMQ(Server):
                     "tls.server.keyPath": tls / "server.key",
                     "tls.client.trustCertPath": tls / "ca.pem",
                     "tls.client.authServer": "true",
+                    "tls.client.certPath": tls / "client.pem",
+                    "tls.client.keyPath": tls / "client.key",
+                    "tls.server.trustCertPath": tls / "ca.pem",
+                    "tls.server.authClient": "true",
+                    "tls.server.need.client.auth": "require" if self.mutual else "optional",
                 },
             )
         properties(self.folder / "broker.conf", broker)
@@ -161,7 +173,9 @@ class RocketMQ(Server):
         with socket.create_connection(("127.0.0.1", self.port), 2) as raw:
             link = raw
             if self.secure:
-                context = ssl.create_default_context(cafile=str(self.folder / "tls" / "ca.pem"))
+                tls = self.folder / "tls"
+                context = ssl.create_default_context(cafile=str(tls / "ca.pem"))
+                context.load_cert_chain(tls / "client.pem", tls / "client.key")
                 link = context.wrap_socket(raw, server_hostname="localhost")
             with link:
                 link.sendall(struct.pack(">II", 4 + len(head), len(head)) + head)

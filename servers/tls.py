@@ -5,10 +5,18 @@ from __future__ import annotations
 import shutil
 import subprocess
 from pathlib import Path
+from urllib.parse import quote
 
 from servers import Missing
 
 USER, PASSWORD = "stentor", "s3cret/päss"
+
+
+def files(folder: Path, mutual: bool) -> str:
+    """The options of a URL that name the authority of a folder, and with ``mutual`` the client's certificate."""
+    made = certificates(folder)
+    names = {"ca": "ca.pem"} | ({"cert": "client.pem", "key": "client.key"} if mutual else {})
+    return "&".join(f"{option}={quote(str(made / name))}" for option, name in names.items())
 
 
 def certificates(folder: Path) -> Path:

@@ -6,11 +6,13 @@ import inspect
 import os
 import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import settings
 from sybil import Example, Sybil
 from sybil.parsers.markdown import ClearNamespaceParser, CodeBlockParser, SkipParser
+from xdist.scheduler import LoadScopeScheduling  # type: ignore[import-untyped]
 
 # Shared machines are slow at times: no deadline. In CI the same examples each run: a red run is about the change.
 settings.register_profile("here", deadline=None)
@@ -56,6 +58,17 @@ def pytest_configure(config: pytest.Config) -> None:
     config.pluginmanager.register(Snippets(), "snippets")
     if "PYTEST_XDIST_WORKER" not in os.environ:  # shared servers end with this process
         os.environ["STENTOR_TEST_CONTROLLER"] = str(os.getpid())
+
+
+class Spread(LoadScopeScheduling):  # type: ignore[misc]
+    """Each process gets the next class or module, but of the contract's rules the next test: none needs another."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        return nodeid if nodeid.startswith("tests/conformance/") else str(super()._split_scope(nodeid))
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Spread | None:
+    return Spread(config, log) if config.getvalue("dist") == "loadscope" else None
 
 
 @pytest.fixture(autouse=True)

@@ -6,7 +6,7 @@ Each broker's tests say which server they mean, and get the rest:
     @pytest.mark.slow
     class TestRedisServer(ServerFaults):
         name = "redis"
-        options = {"lease": 1, "beat": 0.25}  # what makes the broker notice things soon
+        options = ServerFaults.options | {"partitions": 4}  # where it needs more than these
 
 ``name`` is of ``servers.SERVERS``; ``options`` are the broker's own, as in a URL. A broker whose server tells its
 clients other addresses (Kafka's advertised listeners, say) makes the proxy known to it: it overrides the fixtures
@@ -37,7 +37,8 @@ from stentor.testing.conformance.events import Job
 from stentor.testing.conformance.fleet import Fleet, FleetScene
 from stentor.testing.conformance.program import Act
 from stentor.testing.conformance.soak import number
-from stentor.testing.conformance.stage import Stage, until
+from stentor.testing.conformance.stage import LEASE, Stage, until
+from stentor.testing.conformance.stands import stands
 from tests.real import fresh, unavailable
 
 T = TypeVar("T")
@@ -60,6 +61,7 @@ class _Link:
         self.swallows: set[Way] = set(proxy.swallows)
         self._writers = [client[1]]
         self._tasks: list[asyncio.Task[None]] = []
+        self._cut = False
 
     async def run(self) -> None:
         try:
@@ -68,6 +70,9 @@ class _Link:
             self.cut()
             return
         self._writers.append(server[1])
+        if self._cut:  # meanwhile
+            self.cut()
+            return
         ways: list[tuple[Way, Any, Any]] = [("requests", self.client, server), ("replies", server, self.client)]
         for way, source, target in ways:
             queue: asyncio.Queue[tuple[float, bytes]] = asyncio.Queue(256)
@@ -112,6 +117,7 @@ class _Link:
                 return
 
     def cut(self) -> None:
+        self._cut = True
         for writer in self._writers:
             writer.transport.abort()
         for task in self._tasks:
@@ -125,7 +131,7 @@ class Proxy:
     connections, those to the proxy are accepted and closed.
     """
 
-    def __init__(self, target_port: int, port: int = 0) -> None:
+    def __init__(self, target_port: int, port: int = 0, host: str = "127.0.0.1") -> None:
         self.target_port = target_port
         self.seconds = 0.0
         """Delay of all that passes, each way."""
@@ -137,7 +143,7 @@ class Proxy:
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="proxy", daemon=True)
         self._thread.start()
-        self._listener = self._call(self._listen(port))
+        self._listener = self._call(self._listen(host, port))
         self.port: int = self._listener.sockets[0].getsockname()[1]
 
     def __enter__(self) -> Self:
@@ -187,8 +193,8 @@ class Proxy:
         self._listener.close()  # in its own thread, as all of asyncio
         await self._drop()
 
-    async def _listen(self, port: int) -> asyncio.Server:
-        return await asyncio.start_server(self._accept, "127.0.0.1", port)
+    async def _listen(self, host: str, port: int) -> asyncio.Server:
+        return await asyncio.start_server(self._accept, host, port)
 
     async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         link = _Link(self, (reader, writer))
@@ -199,9 +205,10 @@ class Proxy:
             self._links.discard(link)
 
     async def _drop(self) -> None:
-        for link in list(self._links):
+        cut = list(self._links)
+        for link in cut:
             link.cut()
-        while self._links:
+        while not self._links.isdisjoint(cut):  # others may come meanwhile
             await asyncio.sleep(0)
 
     async def _swallow(self, ways: tuple[Way, ...]) -> None:
@@ -210,15 +217,8 @@ class Proxy:
             link.swallows.update(ways)
 
 
-def where(waiting: Any) -> list[str]:
-    """Where a suspended coroutine stands: from its own line to that of what it waits for in the end."""
-    found: list[str] = []
-    while waiting is not None:
-        frame = getattr(waiting, "cr_frame", None) or getattr(waiting, "gi_frame", None)
-        if frame is not None:
-            found.append(f"{frame.f_code.co_name}:{frame.f_lineno}")
-        waiting = getattr(waiting, "cr_await", None) or getattr(waiting, "gi_yieldfrom", None)
-    return found
+AHEAD = 500
+"""Events that publishers are ahead of the handlers at most, so that no slow machine has a heap of them to work off."""
 
 
 class Load:
@@ -230,7 +230,9 @@ class Load:
         self._fleet = fleet
         self._keys = keys
         self._ending = False
+        self._ahead = 0
         self._tasks = [asyncio.create_task(self._run(who)) for who in range(publishers)]
+        self._watching = asyncio.create_task(self._watch())
 
     async def _run(self, who: int) -> None:
         n = 0
@@ -240,6 +242,13 @@ class Load:
             self._fleet.published += [(job.key, n) for job in jobs]
             n += 1
             await asyncio.sleep(0.05)
+            while self._ahead > AHEAD and not self._ending:
+                await asyncio.sleep(0.05)
+
+    async def _watch(self) -> None:
+        while True:
+            self._ahead = len(self._fleet.published) - len(self._fleet.handled())
+            await asyncio.sleep(0.2)
 
     async def _confirm(self, events: list[Outgoing]) -> None:
         while True:
@@ -266,10 +275,10 @@ class Load:
             await until(further, "publishing and handling go on", patience)
         except AssertionError as error:
             left = set(published[:enough]) - self._fleet.handled()
-            stands = "\n".join(" < ".join(reversed(where(task.get_coro()))) for task in self._tasks)
+            told = "\n".join([stands(), *[await member.stands() for member in self._fleet.members if not member.dead]])
             pytest.fail(
                 f"{error}; published {len(published)} of {enough}, not handled {sorted(left)[:5]}, refused "
-                f"{dict(self.refused)}\n{stands}"
+                f"{dict(self.refused)}\n{told}"
             )
 
     async def end(self) -> None:
@@ -278,9 +287,9 @@ class Load:
         await asyncio.gather(*self._tasks)
 
     async def cancel(self) -> None:
-        for task in self._tasks:
+        for task in (*self._tasks, self._watching):
             task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await asyncio.gather(*self._tasks, self._watching, return_exceptions=True)
 
 
 @asynccontextmanager
@@ -294,18 +303,19 @@ async def away(server: servers.Server, how: How) -> AsyncIterator[None]:
 
 
 @pytest.mark.timeout(300)
-class ServerFaults(FleetScene):
-    """Rules 1, 2, 4, 10, 11 and 12 while the real server and the connections to it fail under load.
+class ServerScene(FleetScene):
+    """A real server of the class's own, and members that are under load on it while it fails.
 
     Always: nothing confirmed is lost, order and exclusion per key hold, no worker ends by itself, and all goes on
     within ``patience`` seconds of the end of the fault. Duplicates are counted and reported as properties of the test.
     """
 
     name: ClassVar[str]
-    options: ClassVar[dict[str, object]] = {}
-    patience: ClassVar[float] = 45.0
+    options: ClassVar[dict[str, object]] = {"lease": LEASE, "beat": LEASE / 4}
+    """What makes the broker notice things soon."""
+    patience: ClassVar[float] = 45.0 * LEASE
     """Seconds within which the broker states to go on, half-open connections included."""
-    outage: ClassVar[float] = 2.5
+    outage: ClassVar[float] = 2.5 * LEASE
     """Seconds that the server is away: more than a lease."""
 
     # ---- hooks ----------------------------------------------------------------------------------------------------
@@ -326,25 +336,23 @@ class ServerFaults(FleetScene):
         """The URL of a namespace of its own on the server."""
         return fresh(server.url, **{**self.options, **options})
 
-    @pytest.fixture
-    def proxy(self, server: servers.Server) -> Iterator[Proxy]:
-        """A proxy in front of the server; a test that asks for it goes through it with all it does."""
-        port = urlsplit(server.url).port
-        assert port is not None
-        with Proxy(port) as proxy:
-            yield proxy
-
-    def through(self, url: str, proxy: Proxy) -> str:
-        """The URL by way of a proxy."""
-        port = urlsplit(url).port
-        return url.replace(f":{port}", f":{proxy.port}", 1)
-
     # ---- the scene ------------------------------------------------------------------------------------------------
 
     @pytest.fixture
-    def broker_url(self, server: servers.Server, request: pytest.FixtureRequest) -> str:
-        url = self.url_of(server)
-        return self.through(url, request.getfixturevalue("proxy")) if "proxy" in request.fixturenames else url
+    def broker_url(self, server: servers.Server) -> str:
+        return self.url_of(server)
+
+    async def patient(self, ask: Callable[[], Awaitable[T]]) -> T:
+        """An answer, once the broker is there again."""
+        answer: list[T] = []
+
+        async def answered() -> bool:
+            with suppress(Unavailable):
+                answer.append(await ask())
+            return bool(answer)
+
+        await until(answered, "the broker answers", self.patience)
+        return answer[0]
 
     @pytest.fixture
     def report(self, record_property: Callable[[str, object], None]) -> Report:
@@ -386,7 +394,54 @@ class ServerFaults(FleetScene):
                 ids = Counter(message.id for message in await fleet.stage.browse(topic))
                 assert [id for id, times in ids.items() if times > 1] == []
 
+
+class ServerFaults(ServerScene):
+    """Rules 1, 2, 4, 10, 11 and 12 while the server and the connections to it fail."""
+
+    one_address: ClassVar[str] = ""
+    """Why no single client can be cut off, where it is so."""
+
+    @pytest.fixture
+    def proxy(self, server: servers.Server) -> Iterator[Proxy]:
+        """A proxy in front of the server; a test that asks for it goes through it with all it does."""
+        port = urlsplit(server.url).port
+        assert port is not None
+        with Proxy(port) as proxy:
+            yield proxy
+
+    def through(self, url: str, proxy: Proxy) -> str:
+        """The URL by way of a proxy."""
+        port = urlsplit(url).port
+        return url.replace(f":{port}", f":{proxy.port}", 1)
+
+    @pytest.fixture
+    def broker_url(self, server: servers.Server, request: pytest.FixtureRequest) -> str:
+        url = self.url_of(server)
+        return self.through(url, request.getfixturevalue("proxy")) if "proxy" in request.fixturenames else url
+
     # ---- the server -----------------------------------------------------------------------------------------------
+
+    async def test_r04_nothing_begins_once_the_lease_is_over(
+        self, fleet: Fleet, server: servers.Server, request: pytest.FixtureRequest
+    ) -> None:
+        """A member that is cut off begins nothing of what it has in memory once another may; then it comes back."""
+        if self.one_address:
+            pytest.skip(self.one_address)
+        acts = [Act(do="sleep", seconds=0.02)]
+        proxy: Proxy = request.getfixturevalue("proxy")
+        away = await fleet.start(url=self.through(fleet.stage.url, proxy), acts=acts)
+        await fleet.publish([Job(key=f"k{key}", n=n) for n in range(200) for key in range(4)])
+        await until(lambda: len(fleet.handled()) > 20, "it has begun", self.patience)
+        proxy.blackhole()
+        await fleet.start(acts=acts)
+        await fleet.all_handled(patience=2 * self.patience)
+        proxy.heal()
+        proxy.drop()
+        await fleet.publish([Job(key=f"k{key}", n=200) for key in range(4)])
+        await fleet.all_handled(patience=2 * self.patience)
+        await fleet.stage.settled("work", patience=self.patience)
+        assert fleet.audit().clean, fleet.audit()
+        assert not away.dead
 
     @pytest.mark.parametrize("how", ["stop", "kill"])
     async def test_r11_the_server_is_away(self, fleet: Fleet, server: servers.Server, how: How, report: Report) -> None:
@@ -434,18 +489,6 @@ class ServerFaults(FleetScene):
                     "Unavailable, and yet stored"
                 )
             publish = asyncio.create_task(stage.publish(job, id=id))
-
-    async def patient(self, ask: Callable[[], Awaitable[T]]) -> T:
-        """An answer, once the broker is there again."""
-        answer: list[T] = []
-
-        async def answered() -> bool:
-            with suppress(Unavailable):
-                answer.append(await ask())
-            return bool(answer)
-
-        await until(answered, "the broker answers", self.patience)
-        return answer[0]
 
     @pytest.mark.parametrize("how", ["stop", "kill"])
     async def test_r11_health_tells_the_truth(self, stage: Stage, server: servers.Server, how: How) -> None:

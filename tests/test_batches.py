@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import asyncio
+from collections.abc import Callable, Iterator
 from typing import Annotated
 
 import pytest
 
-from stentor import App, Batch, BatchFailed, Context, Depends, Retry
+from stentor import App, Batch, BatchFailed, Context, Depends, Outgoing, Retry
 from stentor.errors import DefinitionError
 from stentor.testing import harness
 from tests.orders import OrderPlaced, PaymentTaken
@@ -32,6 +33,28 @@ async def test_a_batch_takes_many_keys_and_one_event_of_each() -> None:
         await t.advance("1s")
         assert sorted(batches[1]) == ["a", "d"]
         assert t.published(PaymentTaken) == [PaymentTaken(order_id="3"), PaymentTaken(order_id="2")]
+
+
+async def test_a_batch_sees_the_messages_of_its_events() -> None:
+    app = App("shop")
+    seen: list[tuple[str, str | None, object]] = []
+
+    @app.on(OrderPlaced, batch=Batch(size=3))
+    async def many(orders: list[OrderPlaced], ctx: Context) -> None:
+        for order, message in zip(orders, ctx.messages, strict=True):
+            seen.append((order.order_id, message.key, message.extensions["tenant"]))
+            message.extensions["tenant"] = "changed"
+
+    @app.on(OrderPlaced)
+    async def one(order: OrderPlaced, ctx: Context) -> None:
+        assert [message.id for message in ctx.messages] == [ctx.message.id]
+        assert ctx.message.extensions["tenant"] == order.order_id.upper()
+
+    async with harness(app) as t:
+        await t.publish([Outgoing(OrderPlaced(order_id=key), headers={"tenant": key.upper()}) for key in "abc"])
+        await t.settled()
+        assert sorted(seen) == [("a", "a", "A"), ("b", "b", "B"), ("c", "c", "C")]
+        assert not t.dead(one)
 
 
 async def test_batch_failed_fails_those_it_names() -> None:
@@ -113,3 +136,67 @@ async def test_a_batch_handler_takes_a_list() -> None:
     with pytest.raises(DefinitionError, match="of a batch handler must be a list, not OrderPlaced"):
         async with harness(app):
             pass
+
+
+async def turns(until: Callable[[], bool] = lambda: True) -> None:
+    """Let the event loop go on until something holds, and as long as anything more could follow."""
+    async with asyncio.timeout(20):
+        while not until():
+            await asyncio.sleep(0)
+    for _ in range(50):
+        await asyncio.sleep(0)
+
+
+async def test_what_comes_while_a_batch_runs_is_gathered_and_a_full_one_runs_beside() -> None:
+    app = App("shop")
+    batches: list[str] = []
+    ends: list[asyncio.Event] = []
+
+    @app.on(OrderPlaced, batch=Batch(size=3))
+    async def many(orders: list[OrderPlaced]) -> None:
+        batches.append("".join(order.order_id for order in orders))
+        ends.append(asyncio.Event())
+        await ends[-1].wait()
+
+    async with harness(app) as t:
+        await t.publish(OrderPlaced(order_id="a"))
+        await turns(lambda: len(batches) == 1)  # nothing waits for a timer
+        await t.publish([OrderPlaced(order_id=key) for key in "bc"])
+        await turns()
+        assert batches == ["a"]
+        await t.publish([OrderPlaced(order_id=key) for key in "def"])
+        await turns(lambda: len(batches) == 2)
+        assert (batches[0], len(batches[1])) == ("a", 3)  # full: there is no use in waiting for the first to end
+        ends[1].set()
+        await turns()
+        assert len(batches) == 2  # the first still runs
+        ends[0].set()
+        await turns(lambda: len(batches) == 3)
+        ends[2].set()
+        await t.settled()
+        assert sorted("".join(batches)) == list("abcdef")
+        assert [len(batch) for batch in batches] == [1, 3, 2]
+
+
+async def test_a_batch_whose_wait_is_over_begins_when_the_one_before_ends() -> None:
+    app = App("shop")
+    batches: list[str] = []
+    end = asyncio.Event()
+
+    @app.on(OrderPlaced, batch=Batch(size=10, wait="1s"))
+    async def many(orders: list[OrderPlaced]) -> None:
+        batches.append("".join(order.order_id for order in orders))
+        if len(batches) == 1:
+            await end.wait()
+
+    async with harness(app) as t:
+        await t.publish([OrderPlaced(order_id=key) for key in "abcdefghij"])
+        await turns(lambda: len(batches) == 1)
+        await t.publish([OrderPlaced(order_id=key) for key in "kl"])
+        await turns()
+        t.clock.move(t.clock.now() + 1.0)
+        await turns()
+        assert len(batches) == 1
+        end.set()
+        await t.settled()
+        assert ["".join(sorted(batch)) for batch in batches] == ["abcdefghij", "kl"]

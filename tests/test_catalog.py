@@ -113,6 +113,26 @@ def test_not_a_number_is_refused_in_every_kind_of_class(catalog: Catalog, cls: A
         encode(catalog, cls(value=1.0, inner={"x": [math.inf]}))
 
 
+def test_not_a_number_is_told_from_none(catalog: Catalog) -> None:
+    """Both are null on the wire, and a None may stand in for one that is left out."""
+
+    @event(topic="sparse")
+    class Sparse(msgspec.Struct, omit_defaults=True):
+        value: float | None = 1.0
+        note: str | None = None
+
+    @event(topic="full")
+    class Full(msgspec.Struct):
+        value: float | None = 1.0
+        note: str | None = None
+
+    cls: Any
+    for cls in (Sparse, Full):
+        assert encode(catalog, cls(value=None)).data.count(b"null") == (1 if cls is Sparse else 2)
+        with pytest.raises(InvalidEvent, match=r"value: nan cannot be carried by JSON"):
+            encode(catalog, cls(value=math.nan))
+
+
 def test_a_pydantic_model_that_was_not_validated_is_refused(catalog: Catalog) -> None:
     with pytest.raises(InvalidEvent, match="value"):
         encode(catalog, P.model_construct(value="no number"))

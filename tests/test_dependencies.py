@@ -271,5 +271,7 @@ async def test_methods_and_callable_objects_are_handlers() -> None:
 
 
 def test_a_component_without_handlers_is_refused() -> None:
-    with pytest.raises(DefinitionError, match=r"object is no Group, and no method of it carries @stentor.on"):
+    with pytest.raises(
+        DefinitionError, match=r"object is no Group, no source .*, and no method of it carries @stentor.on"
+    ):
         App("shop").add(object())

@@ -382,6 +382,27 @@ async def test_sync_handlers_run_in_threads_and_may_publish() -> None:
     assert threading.get_ident() not in threads
 
 
+@pytest.mark.parametrize("concurrency", [20, "auto"])
+async def test_as_many_sync_handlers_run_at_once_as_the_group_allows(concurrency: Any) -> None:
+    """The event loop's own threads are fewer: four more than cores."""
+    app = App("shop", broker="memory://")
+    together = threading.Barrier(20)
+    met = asyncio.Event()
+    loop = asyncio.get_running_loop()
+
+    @app.on(OrderPlaced, group=Group("shop.charge", concurrency=concurrency), retry=Retry(attempts=1))
+    def charge(order: OrderPlaced) -> None:
+        if concurrency == 20:
+            together.wait(20)
+        if order.order_id == "39":
+            loop.call_soon_threadsafe(met.set)
+
+    async with app, asyncio.timeout(30):
+        await app.publish([OrderPlaced(order_id=str(n)) for n in range(40)])
+        await met.wait()
+    assert not together.broken
+
+
 async def test_a_sync_handler_past_its_timeout_keeps_its_key_until_it_returns() -> None:
     app = App("shop")
     go = threading.Event()

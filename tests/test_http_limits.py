@@ -19,7 +19,6 @@ from tests.http_site import BODY, HEADERS, STRUCTURED, Placed, Site, make, numbe
 async def test_bodies_up_to_the_limit_are_taken_and_larger_ones_refused_early(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("stentor.asgi.LINGER", 0.2)
     async with served(make("sqlite", tmp_path)) as site:
         limit = site.app.broker.features.max_bytes
         binary = {**HEADERS, "ce-type": "com.other", "content-type": "application/octet-stream"}
@@ -40,6 +39,7 @@ async def test_bodies_up_to_the_limit_are_taken_and_larger_ones_refused_early(
 
         announced = await site.post(os.urandom(2 * limit), {**binary, "ce-id": "e-3"}, topic="anything")
         assert (announced.status_code, announced.json()["status"]) == (413, 413)
+        monkeypatch.setattr("stentor.exchange.LINGER", 0.2)
         with suppress(httpx.NetworkError):  # the server stopped to listen: not every client looks for an answer then
             assert (await site.post(endless(), {**binary, "ce-id": "e-4"}, topic="anything")).status_code == 413
         assert reads < 100_000
@@ -47,7 +47,7 @@ async def test_bodies_up_to_the_limit_are_taken_and_larger_ones_refused_early(
 
 
 async def test_a_body_that_does_not_come_gets_408(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("stentor.asgi.SLOW", 0.05)
+    monkeypatch.setattr("stentor.exchange.SLOW", 0.05)
     async with served(make()) as site:
         reader, writer = await asyncio.open_connection("127.0.0.1", site.port)
         writer.write(b"POST /events HTTP/1.1\r\nhost: x\r\ncontent-type: application/cloudevents+json\r\n")
@@ -114,13 +114,13 @@ async def test_what_the_broker_says(
 
 async def test_requests_and_their_bytes_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     async with served(make()) as site, stuck(site) as held:
-        monkeypatch.setattr("stentor.asgi.REQUESTS", 3)
+        monkeypatch.setattr("stentor.exchange.REQUESTS", 3)
         waiting = [asyncio.create_task(site.post(BODY, STRUCTURED)) for _ in range(3)]
         await held.reached(3)
         answer = await site.post(BODY, STRUCTURED)
         assert (answer.status_code, answer.headers["retry-after"]) == (429, "1")
-        monkeypatch.setattr("stentor.asgi.REQUESTS", 256)
-        monkeypatch.setattr("stentor.asgi.BUFFER", 3 * len(BODY))
+        monkeypatch.setattr("stentor.exchange.REQUESTS", 256)
+        monkeypatch.setattr("stentor.exchange.BUFFER", 3 * len(BODY))
         assert (await site.post(BODY, STRUCTURED)).status_code == 429
         held.release()
         assert {answer.status_code for answer in await asyncio.gather(*waiting)} == {202}

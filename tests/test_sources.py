@@ -9,7 +9,8 @@ import msgspec
 import pytest
 
 from stentor import App, Event, Group, Publish
-from stentor.errors import DefinitionError, InvalidEvent
+from stentor.errors import DefinitionError, InvalidEvent, StentorError
+from stentor.health import Health
 from stentor.testing import harness
 
 
@@ -204,6 +205,85 @@ async def test_a_group_may_have_a_source_and_its_handlers() -> None:
     assert seen == [1]
 
 
+class Lines:
+    def __init__(self, name: str, numbers: range) -> None:
+        self.name = name
+        self.numbers = numbers
+        self.fails = 0
+
+    async def run(self, publish: Publish) -> None:
+        for n in self.numbers[publish.position or 0 :]:
+            await publish(Line(n=n), position=n - self.numbers.start + 1)
+            publish.counts.lag = self.numbers.stop - n - 1
+            if self.fails:
+                self.fails -= 1
+                raise OSError("gone")
+
+
+async def test_an_object_is_a_source_with_the_name_and_place_that_it_says() -> None:
+    app, low, high = App("feed"), Lines("low", range(3)), Lines("high", range(10, 12))
+    low.fails = 1
+    app.add(low)
+    group = Group("other")
+    group.source()(high)
+    app.add(group)
+    assert list(app.groups()) == ["feed.low", "other"]
+    async with harness(app) as t:
+        await t.settled()
+        assert sorted(line.n for line in t.published(Line)) == [0, 10, 11]
+        await t.advance("1s")
+        assert sorted(line.n for line in t.published(Line)) == [0, 1, 2, 10, 11]
+        assert app.program is not None
+        metrics, _ = await Health(app.program).metrics("", {}, 0)
+    for line in (
+        'events_total{group="feed.low",source="low"} 3.0', 'errors_total{group="feed.low",source="low"} 1.0',
+        'lag{group="feed.low",source="low"} 0.0', 'events_total{group="other",source="high"} 2.0',
+    ):  # fmt: skip
+        assert f"stentor_source_{line}" in metrics.decode()
+
+
+async def test_two_sources_of_a_group_fail_apart() -> None:
+    app, group, seen = App("feed"), Group("both"), list[str]()
+
+    @group.source()
+    async def fails(publish: Publish) -> None:
+        raise StentorError("always")
+
+    @group.source()
+    async def goes_on(publish: Publish) -> None:
+        seen.append("started")
+        await asyncio.Event().wait()
+
+    app.add(group)
+    async with harness(app) as t:
+        await t.advance("10s")
+    assert seen == ["started"]
+
+
+async def test_an_object_says_that_each_process_runs_it() -> None:
+    class Socket(Lines):
+        instances = "each"
+
+    app = App("feed")
+    app.add(Socket("socket", range(1)))
+    [source] = app.groups()["feed.socket"].sources
+    assert source.instances == "each"
+
+
+def test_an_object_that_is_no_source_is_refused() -> None:
+    class Runs:
+        async def run(self) -> None: ...
+
+    with pytest.raises(
+        DefinitionError, match=r"source Runs: write it as: async def run\(self, publish: Publish\) -> None"
+    ):
+        App("feed").add(Runs())
+    with pytest.raises(DefinitionError, match=r"no source \(async def run\(self, publish\)\)"):
+        App("feed").add(object())
+    with pytest.raises(DefinitionError, match="source"):
+        App("feed").add(Lines("two words", range(1)))
+
+
 @pytest.mark.parametrize("wrong", [lambda publish: None, len])
 def test_what_is_no_source_is_refused(wrong: Any) -> None:
     with pytest.raises(DefinitionError, match=r"write it as: async def .*\(publish: Publish\) -> None"):
@@ -214,6 +294,6 @@ def test_a_source_takes_one_parameter() -> None:
     async def feed(publish: Publish, more: int) -> None: ...
 
     with pytest.raises(DefinitionError, match="source feed: write it as"):
-        App("feed").source()(feed)
+        App("feed").source()(feed)  # type: ignore[type-var]
     with pytest.raises(DefinitionError, match='instances must be "one" or "each", not \'two\''):
-        App("feed").source(instances="two")(feed)  # type: ignore[arg-type]
+        App("feed").source(instances="two")(feed)  # type: ignore[arg-type, type-var]

@@ -7,6 +7,7 @@ import os
 import sqlite3
 import subprocess
 import sys
+import threading
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager, closing
 from pathlib import Path
@@ -213,6 +214,25 @@ async def test_one_commit_for_all_that_waits(tmp_path: Path) -> None:
     assert positions == list(range(positions[0] or 0, (positions[0] or 0) + 3000))
     assert commits <= 1 + 3000 // 128
     assert LARGEST > 3000
+
+
+async def test_a_question_is_answered_of_one_moment(tmp_path: Path) -> None:
+    """Who follows from a time asks for the first event since, then for the end: an event between is not to be lost."""
+    async with opened(tmp_path / "x.db") as broker:
+        asked, stored = threading.Event(), threading.Event()
+
+        def question(db: sqlite3.Connection) -> tuple[int, int]:
+            (before,) = db.execute("SELECT count(*) FROM stentor_event").fetchone()
+            asked.set()
+            assert stored.wait(20)
+            (after,) = db.execute("SELECT count(*) FROM stentor_event").fetchone()
+            return before, after
+
+        answer = asyncio.create_task(broker.file.query(question))
+        await until(asked.is_set)
+        await broker.publish([message("1")])
+        stored.set()
+        assert await answer == (0, 0)
 
 
 async def test_a_bad_operation_fails_alone(tmp_path: Path) -> None:

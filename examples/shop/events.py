@@ -3,6 +3,14 @@
 from stentor import Event
 
 
+class OrderAsked(Event, topic="shop.asked", key="customer", type="com.example.shop.order.asked"):
+    """What a customer would like; see `page.py`."""
+
+    number: int
+    customer: str
+    item: str
+
+
 class OrderPlaced(Event, topic="shop.orders", key="customer", type="com.example.shop.order.placed"):
     number: int
     customer: str

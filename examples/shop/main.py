@@ -3,7 +3,6 @@
 import argparse
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
@@ -37,9 +36,8 @@ class Service:
                 env={**os.environ, "SHOP_FOLDER": str(folder)},
             )  # fmt: skip
 
-    def stop(self, number: signal.Signals = signal.SIGTERM) -> None:
-        """Send it a signal, and wait for its end."""
-        self.process.send_signal(number)
+    def ended(self) -> None:
+        """Wait for its end after a signal; it gets no second one, which would end it at once."""
         try:
             self.process.wait(30)
         except subprocess.TimeoutExpired:
@@ -68,7 +66,7 @@ def running(broker: str, folder: Path) -> Generator[dict[str, Service]]:
         for service in services.values():
             service.process.terminate()
         for service in services.values():
-            service.stop()
+            service.ended()
 
 
 @contextmanager
@@ -132,7 +130,8 @@ def main(arguments: list[str] | None = None) -> int:
         with running(broker, folder) as services:
             if options.kill:
                 wait(services, folder, options.orders // 3)
-                services[options.kill].stop(signal.SIGKILL)
+                services[options.kill].process.kill()
+                services[options.kill].ended()
                 print(f"killed {options.kill} (SIGKILL); starting it again")
                 services[options.kill] = Service(options.kill, broker, folder)
             wait(services, folder, options.orders)

@@ -7,7 +7,8 @@ import atexit
 import logging
 import signal
 import threading
-from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Mapping, Sequence
+from concurrent.futures import Executor
 from contextlib import AbstractAsyncContextManager, AbstractContextManager, asynccontextmanager
 from datetime import datetime
 from typing import Any, Literal, Protocol, Self, TypeVar, overload
@@ -19,9 +20,12 @@ from stentor.clock import Clock, Duration, SystemClock, seconds
 from stentor.context import current
 from stentor.errors import DefinitionError, InvalidEvent, NotConnected, Unsupported
 from stentor.event import EventLike, Outgoing, Topic, check_name
-from stentor.group import Group, On, Where, component_group
+from stentor.exchange import OWN, Endpoint, Verify
+from stentor.group import G, Group, On, Where, component_group
 from stentor.handler import Batch
+from stentor.identity import Identify
 from stentor.message import Attribute, Message, Receipt
+from stentor.parts import Remote, part
 from stentor.plan import Route
 from stentor.program import Program
 from stentor.retry import Retry
@@ -56,6 +60,7 @@ class App:
         self._durable = durable
         self._clock = clock or SystemClock()
         self.catalog = Catalog(f"/{name}", self._clock)
+        self.endpoints: list[Endpoint] = []
         self._groups: list[Group] = []
         self._program: Program | None = None
         self._depth = 0
@@ -116,6 +121,64 @@ class App:
             self._groups.append(group)
             self.groups()  # two groups of one name show here, at the second definition
 
+    @overload
+    def deliver(
+        self, a: type[A], /, *, to: str | Remote, secret: str | None = None, group: str | Group | None = None,
+        retry: Retry | None = None, timeout: Duration = "30s", where: Callable[[A], bool] | str | None = None,
+        batch: Batch | None = None,
+    ) -> None: ...  # fmt: skip
+    @overload
+    def deliver(
+        self, a: type[A], b: type[B], /, *, to: str | Remote, secret: str | None = None,
+        group: str | Group | None = None, retry: Retry | None = None, timeout: Duration = "30s",
+        where: Callable[[A | B], bool] | str | None = None, batch: Batch | None = None,
+    ) -> None: ...  # fmt: skip
+    @overload
+    def deliver(
+        self, a: type[Any], b: type[Any], c: type[Any], /, *more: type[Any], to: str | Remote,
+        secret: str | None = None, group: str | Group | None = None, retry: Retry | None = None,
+        timeout: Duration = "30s", where: Where = None, batch: Batch | None = None,
+    ) -> None: ...  # fmt: skip
+    @overload
+    def deliver(
+        self, /, *, topic: str | Topic, to: str | Remote, secret: str | None = None,
+        group: str | Group | None = None, retry: Retry | None = None, timeout: Duration = "30s",
+        where: Callable[[Message], bool] | str | None = None, batch: None = None,
+    ) -> None: ...  # fmt: skip
+    def deliver(self, *types: type[Any], **options: Any) -> None:
+        """Make a remote HTTP service the handler: events are sent to it as CloudEvents, and a 2xx answer is the ack.
+
+        ``to`` is a URL, or a ``stentor.sinks.http.Target`` with more settings; ``secret`` (``whsec_...``) signs by
+        Standard Webhooks. The group is ``<app>.<host>`` unless ``group`` is given. ``timeout`` bounds one request;
+        ``batch`` sends many events in one, for which there is one answer. Other options as ``Group.on``. Raises
+        DefinitionError, or ConfigError for a wrong URL or key, and without ``stentor[deliver]``.
+        """
+        part("deliver")(self, *types, **options)
+
+    def subscriptions(
+        self,
+        *types: type[Any],
+        allow: str | Callable[[Mapping[str, str]], str | None] | None = None,
+        origin: str | None = None,
+        secret: str | None = None,
+        inside: Sequence[str] = (),
+        rate: int | None = None,
+        callback: str | None = None,
+    ) -> None:
+        """Let other services subscribe to events of these types by themselves, at ``/subscriptions`` of ``asgi``.
+
+        ``allow``: a token that they show as ``Authorization: Bearer ...``, or a function of the request's headers that
+        returns who it is, or None to refuse; everybody sees only their own. ``origin``: the DNS name under which this
+        service asks theirs for permission (the app's name). ``secret``: of it each subscription gets a secret of its
+        own to check signatures with. ``inside``: networks such as ``10.0.0.0/8`` that may be sent to, by http too;
+        others only when public, and by https. ``rate``: how many requests a minute services are asked to allow.
+        ``callback``: the public URL of ``asgi``, by which they may consent later than at once; it needs ``secret``.
+        Raises DefinitionError, or ConfigError for a wrong URL or network, or without ``stentor[deliver]``.
+        """
+        part("subscriptions")(
+            self, *types, allow=allow, origin=origin, secret=secret, inside=inside, rate=rate, callback=callback
+        )
+
     def every(self, period: Duration, *, group: str | Group | None = None, **options: Any) -> Callable[[F], F]:
         """Run a function every ``period``; options as ``Group.every``."""
 
@@ -148,24 +211,22 @@ class App:
 
     def source(
         self, *, instances: Literal["one", "each"] = "one", group: str | Group | None = None
-    ) -> Callable[[F], F]:
+    ) -> Callable[[G], G]:
         """Register a source; see ``Group.source``."""
 
-        def decorate(function: F) -> F:
+        def decorate(source: G) -> G:
             target = self._target(group)
-            target.source(instances=instances)(function)
+            target.source(instances=instances)(source)
             self._keep(target)
-            return function
+            return source
 
         return decorate
 
     def add(self, part: object) -> None:
-        """Add a Group, or a component: an object whose methods carry ``@stentor.on(...)``."""
-        if isinstance(part, Group):
-            self._keep(part)
-            return
-        group = component_group(part)
-        group.name = f"{self.name}.{type(part).__name__}"
+        """Add a Group, a component (an object whose methods carry ``@stentor.on(...)``) or a ``Source``."""
+        group = part if isinstance(part, Group) else component_group(part)
+        if group is not part and not group.sources:
+            group.name = f"{self.name}.{type(part).__name__}"
         self._keep(group)
 
     def publishes(self, *types: type[Any]) -> None:
@@ -180,6 +241,44 @@ class App:
     ) -> Any:
         """An event known only by name: of its class if this app knows one, else as given, on ``topic`` (the type)."""
         return self.catalog.named(type, data, version, topic, key)
+
+    def webhook(
+        self,
+        path: str,
+        *,
+        verify: Verify,
+        to: type[Any] | Callable[..., Any] | Mapping[str, type[Any] | Callable[..., Any]],
+    ) -> None:
+        """Take what a third party posts to a path of ``asgi``, once ``verify`` knows it to be theirs.
+
+        ``verify``: ``github(secret)``, or another of ``stentor.sources.webhook``. ``to``: the event class that the JSON
+        is read as (unknown fields are ignored), a function of payload and headers that gives an event, a list or None,
+        or a dict of these by the name of what happened; names that it lacks are accepted and dropped. The id of a
+        delivery becomes the event's. Raises DefinitionError.
+        """
+        part("webhook")(self, path, verify, to)
+
+    def users(
+        self, *types: type[Any], identify: Identify, origins: Sequence[str] = (), stream: str = "/stream",
+        socket: str = "/ws",
+    ) -> None:  # fmt: skip
+        """Let browsers subscribe to events of these types, and publish them, by Server-Sent Events and WebSocket.
+
+        ``identify``: a function of a ``Visit`` (headers, cookies, query) that gives the ``Identity`` behind it, with
+        what it may publish and subscribe to, or None. ``origins``: the sites, such as ``https://shop.example``, whose
+        pages may connect beside those of the same host. Raises DefinitionError.
+        """
+        part("users")(self, types, identify, tuple(origins), stream, socket)
+
+    def mount(self, endpoint: Endpoint) -> None:
+        """Have ``asgi`` answer at a further path. Raises DefinitionError where something answers already."""
+        if not endpoint.path.startswith("/"):
+            raise DefinitionError(f"a path of {self.name} begins with /, unlike {endpoint.path!r}")
+        for method in endpoint.methods:
+            taken = method in OWN.get(endpoint.path, ())
+            if taken or any(endpoint.path == other.path and method in other.methods for other in self.endpoints):
+                raise DefinitionError(f"two parts of {self.name} answer to {method} {endpoint.path}")
+        self.endpoints.append(endpoint)
 
     def groups(self) -> dict[str, Group]:
         """The groups by full name. Raises DefinitionError when two have one name, or one has no handler."""
@@ -307,10 +406,12 @@ class App:
         connect_only: bool = False,
         clock: Clock | None = None,
         adapt: Callable[[Route], None] | None = None,
+        threads: Executor | None = None,
     ) -> AsyncIterator[Program]:
         """Run (or with ``connect_only`` connect) inside a program; a failing worker cancels the body.
 
-        ``broker``, ``overrides``, ``clock`` and ``adapt`` (called with each route before it runs) are for tests.
+        ``broker``, ``overrides``, ``clock`` and ``adapt`` (called with each route before it runs) and ``threads`` (for
+        sync handlers) are for tests.
         """
         task = asyncio.current_task()
         cut = False
@@ -323,7 +424,9 @@ class App:
                 cut = True
                 task.cancel()
 
-        program = self._make(url=url, broker=broker, overrides=overrides, clock=clock or self._clock, adapt=adapt)
+        program = self._make(
+            url=url, broker=broker, overrides=overrides, clock=clock or self._clock, adapt=adapt, threads=threads
+        )
         await program.open(on_fatal=fatal, new_groups=new_groups)
         self._program = program
         try:

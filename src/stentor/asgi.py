@@ -1,45 +1,42 @@
 """HTTP ingress: an ASGI 3 application that takes CloudEvents and tells how the app is.
 
 ``POST /events`` takes events in binary, structured and batched mode and answers 202 once the broker has them durably;
-``/healthz``, ``/readyz`` and ``/metrics`` are for those who watch. Refusals are problem bodies as of RFC 9457.
+``/healthz``, ``/readyz``, ``/metrics`` and ``/flow`` are for those who watch; features mount more (``App.mount``).
 
-One request's way: ``_events`` -> ``_body`` (bounded) -> ``read`` (check, topic, key) -> ``publish`` (ingress.py).
+One request's way: ``_http`` (its endpoint) -> ``_events`` -> ``exchange.body`` (bounded) -> ``read`` (check, topic,
+key) -> ``publish`` (ingress.py).
 """
 
 from __future__ import annotations
 
-import asyncio
-import json
 import logging
-from collections import Counter
-from collections.abc import Awaitable, Callable, Mapping, MutableMapping
-from http import HTTPStatus
-from typing import TYPE_CHECKING, Any
-from urllib.parse import parse_qs
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 from stentor.errors import ConfigError, StentorError
-from stentor.health import Health, failures
-from stentor.ingress import JSON, PROBLEM, Refused, declared_topic, mode_of, publish, read, takes_json
+from stentor.exchange import (
+    JSON,
+    OWN,
+    PROBLEM,
+    SOCKET,
+    Endpoint,
+    Exchange,
+    Receive,
+    Refused,
+    Room,
+    Scope,
+    Send,
+    path_of,
+)
+from stentor.health import Health
+from stentor.ingress import declared_topic, mode_of, publish, read, takes_json
 from stentor.program import Program
 
 if TYPE_CHECKING:
     from stentor.app import App
 
-Scope = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
-Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
-
-REQUESTS = 256
-"""Requests to /events under way at once; further ones are told to come again."""
-BUFFER = 64 * 1024 * 1024
-"""Bytes of their bodies in memory at once, beside the one that a request may always have."""
-SLOW = 30.0
-"""Seconds in which a request must bring its body."""
-LINGER = 2.0
-"""Seconds for which the rest of a refused body is read and dropped, so that its sender gets to see the answer."""
-SHOWN = 500
-"""Characters of a refusal's text that are sent."""
-
+READING = ("GET", "HEAD", "OPTIONS")
+"""Methods whose requests bring nothing, so that no place is needed for them."""
 log = logging.getLogger("stentor.http")
 
 
@@ -53,21 +50,24 @@ class Ingress:
     def __init__(self, app: App) -> None:
         self._app = app
         self._health: Health | None = None
-        self._requests = 0
-        self._buffered = 0
-        self.counts: Counter[str] = Counter()
-        """What it did: "published" and "duplicate" events, and refusals of /events by their status."""
+        self._room = Room()
+        self._own = [
+            Endpoint(path, self._events if path == "/events" else self._watch, methods) for path, methods in OWN.items()
+        ]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
             await self._lifespan(receive, send)
         elif scope["type"] == "websocket":
-            await receive()
-            await send({"type": "websocket.close", "code": 1008})
+            await self._socket(scope, receive, send)
         elif scope["type"] == "http":
             await self._http(scope, receive, send)
         else:
             raise NotImplementedError(f"ASGI scope {scope['type']!r}")
+
+    def close(self) -> None:
+        """The server stops: answers without an end are ended."""
+        self._room.closing.set()
 
     async def _lifespan(self, receive: Receive, send: Send) -> None:
         """Run the app from startup to shutdown, unless someone else runs it already."""
@@ -95,26 +95,52 @@ class Ingress:
     # ---- requests -----------------------------------------------------------------------------------------------
 
     async def _http(self, scope: Scope, receive: Receive, send: Send) -> None:
-        path, root = scope["path"], scope.get("root_path", "")
-        if root and path.startswith(root) and path[len(root) : len(root) + 1] in ("", "/"):
-            path = path[len(root) :]
-        exchange = Exchange(scope, receive, send)
+        exchange = Exchange(scope, receive, send, self._program, self._room)
         try:
-            if path == "/events":
-                await self._events(exchange)
-            elif path in ("/healthz", "/readyz", "/metrics"):
-                await self._watch(path, exchange)
+            endpoint = self._endpoint(exchange.method, exchange.path)
+            exchange.below = exchange.path[len(endpoint.path) :]
+            if exchange.method in READING:
+                await endpoint.answer(exchange)
             else:
-                raise Refused(404, "there are /events, /healthz, /readyz and /metrics")
+                with self._room.taken(exchange):
+                    await endpoint.answer(exchange)
         except Refused as refused:
-            if path == "/events":
-                self.counts[str(refused.status)] += 1
+            if exchange.method not in READING and refused.status != 404:
+                self._room.counts[str(refused.status)] += 1
             await exchange.refuse(refused)
         except Exception:
-            log.exception("a request to %s failed", path)
+            log.exception("a request to %s failed", exchange.path)
             if exchange.started:
                 raise
             await exchange.refuse(Refused(500, "the server failed; its log says why"))
+
+    def _endpoint(self, method: str, path: str) -> Endpoint:
+        """What answers there. Raises Refused when nothing does, or not with that method."""
+        endpoints = [*self._own, *self._app.endpoints]
+        near: list[str] = []
+        for endpoint in endpoints:
+            takes = endpoint.takes(method, path)
+            if takes:
+                return endpoint
+            if takes is None:
+                near += endpoint.methods
+        if near == [SOCKET]:
+            raise Refused(426, f"{path} takes WebSocket connections")
+        if near:
+            near = [method for method in near if method != SOCKET]
+            allow = ", ".join(near + ["HEAD"] * ("GET" in near))
+            raise Refused(405, f"{path} takes {allow}", allow=allow)
+        *some, last = dict.fromkeys(endpoint.path for endpoint in endpoints)
+        raise Refused(404, f"there are {', '.join(some)} and {last}")
+
+    async def _socket(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            endpoint = self._endpoint(SOCKET, path_of(scope))
+        except Refused:
+            await receive()
+            await send({"type": "websocket.close", "code": 1008})
+        else:
+            await endpoint.answer(scope, receive, send)
 
     def _program(self) -> Program:
         program = self._app.program
@@ -122,24 +148,23 @@ class Ingress:
             raise Refused(503, f"{self._app.name} does not run (yet)", retry=1)
         return program
 
-    async def _watch(self, path: str, exchange: Exchange) -> None:
-        if exchange.method not in ("GET", "HEAD"):
-            raise Refused(405, f"{path} is read with GET", allow="GET, HEAD")
-        program = self._program()
+    async def _watch(self, exchange: Exchange) -> None:
+        program, path = exchange.program, exchange.path
         health = self._health
         if health is None or health.program is not program:
             health = self._health = Health(program)
         if path == "/healthz":
-            reasons = failures(program)
-            state = {"status": "failed" if reasons else "ok", "app": program.name, "reasons": reasons}
-            await exchange.answer(503 if reasons else 200, state)
+            state = await health.alive()
+            await exchange.answer(503 if state["reasons"] else 200, state)
         elif path == "/readyz":
             state = await health.ready()
             await exchange.answer(503 if state["reasons"] else 200, state)
+        elif path == "/flow":
+            await exchange.answer(200, await health.flow())
         else:
             accept = exchange.headers().get("accept", "")
             try:
-                body, content = await health.metrics(accept, self.counts, self._requests)
+                body, content = await health.metrics(accept, self._room.counts, self._room.requests)
             except ConfigError as error:
                 raise Refused(501, str(error)) from None
             await exchange.answer(200, body, content)
@@ -147,125 +172,25 @@ class Ingress:
     # ---- events -------------------------------------------------------------------------------------------------
 
     async def _events(self, exchange: Exchange) -> None:
-        if exchange.method != "POST":
-            raise Refused(405, "events are sent with POST", allow="POST")
-        program = self._program()
         headers = exchange.headers(once=True)
+        if exchange.method == "OPTIONS":
+            await self._consent(exchange, headers)
+            return
+        program = exchange.program
         if not takes_json(headers.get("accept", "")):
             raise Refused(406, f"answers are {JSON} or {PROBLEM}; Accept asks for neither")
         mode = mode_of(headers)
         topic = declared_topic(program, exchange.query())
-        if self._requests >= REQUESTS:
-            raise Refused(429, f"{REQUESTS} requests are under way; come again", retry=1)
-        self._requests += 1
-        try:
-            body = await self._body(exchange, headers, program)
-            messages = read(program, mode, headers, body, topic)
-            receipts = await publish(program, messages) if messages else ()
-        finally:
-            self._requests -= 1
-            self._buffered -= exchange.size
-        again = [receipt.id for receipt in receipts if receipt.duplicate]
-        self.counts["published"] += len(receipts) - len(again)
-        self.counts["duplicate"] += len(again)
-        await exchange.answer(202, {"ids": [receipt.id for receipt in receipts], "duplicates": again})
+        messages = read(program, mode, headers, await exchange.body(), topic)
+        await exchange.accept(await publish(program, messages) if messages else ())
 
-    async def _body(self, exchange: Exchange, headers: Mapping[str, str], program: Program) -> bytes:
-        """The body, refused as soon as it is known to be too large or too much beside the others."""
-        limit = program.limit
-        length = headers.get("content-length", "")
-        announced = int(length) if length.isascii() and length.isdigit() and len(length) < 20 else 0
-        if announced > limit:
-            raise Refused(413, f"{announced:,} bytes; {program.broker.features.name} takes {limit:,} at most")
-        chunks = []
-        try:
-            async with program.clock.timeout(SLOW):
-                while not exchange.complete:
-                    chunk = await exchange.read()
-                    self._buffered += len(chunk)
-                    if exchange.size > limit:
-                        raise Refused(413, f"over {limit:,} bytes, which {program.broker.features.name} takes at most")
-                    if self._buffered > BUFFER and self._buffered > exchange.size:
-                        raise Refused(429, f"{BUFFER:,} bytes of other requests are under way; come again", retry=1)
-                    chunks.append(chunk)
-        except TimeoutError:
-            raise Refused(408, f"the body did not come within {SLOW:g} s") from None
-        return b"".join(chunks)
+    @staticmethod
+    async def _consent(exchange: Exchange, headers: Mapping[str, str]) -> None:
+        """The handshake of CloudEvents web hooks (1.0.2, section 4): whoever may post here may say where it comes from.
 
-
-class Exchange:
-    """One HTTP request and its answer."""
-
-    def __init__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        self._scope = scope
-        self._receive = receive
-        self._send = send
-        self.started = False
-        """The answer has begun."""
-        self.method: str = scope["method"]
-        self.size = 0
-        """Bytes of the body that were read."""
-        self.complete = False
-        """The body was read to its end, or the client is gone."""
-
-    def headers(self, *, once: bool = False) -> dict[str, str]:
-        """The headers by name in lower case, repeated ones joined; ``once``: those of CloudEvents stand once."""
-        found: dict[str, str] = {}
-        for raw, value in self._scope["headers"]:
-            name, text = raw.decode("latin-1").lower(), value.decode("latin-1")
-            if name in found:
-                if once and name.startswith(("ce-", "content-")):
-                    attribute = name.removeprefix("ce-")
-                    raise Refused(400, f"attribute {attribute!r} stands in two headers", attribute=attribute)
-                text = f"{found[name]}, {text}"
-            found[name] = text
-        return found
-
-    def query(self) -> dict[str, list[str]]:
-        """The parameters of the query string."""
-        return parse_qs(self._scope.get("query_string", b"").decode("latin-1"), keep_blank_values=True)
-
-    async def read(self) -> bytes:
-        """The next piece of the body. Raises Refused when the client went away."""
-        event = await self._receive()
-        if event["type"] != "http.request":
-            self.complete = True
-            raise Refused(400, "the client went away before the body was complete")
-        self.complete = not event.get("more_body", False)
-        chunk: bytes = event.get("body", b"")
-        self.size += len(chunk)
-        return chunk
-
-    async def answer(self, status: int, body: Any, content: str = JSON) -> None:
-        """Send a whole answer; what is not bytes becomes JSON."""
-        await self._start(status, body, content, {})
-
-    async def refuse(self, refused: Refused) -> None:
-        """Send a problem body; the rest of a request's body is read for a while, else its sender gets a reset."""
-        detail = refused.detail if len(refused.detail) <= SHOWN else refused.detail[:SHOWN] + "…"
-        title = HTTPStatus(refused.status).phrase
-        problem = {"type": "about:blank", "title": title, "status": refused.status, "detail": detail, **refused.extra}
-        linger = self.method == "POST" and not self.complete
-        headers = {**refused.headers, "connection": "close"} if linger else refused.headers
-        await self._start(refused.status, problem, PROBLEM, headers, more=linger)
-        if linger:
-            await self._linger()
-            await self._send({"type": "http.response.body", "body": b"", "more_body": False})
-
-    async def _start(
-        self, status: int, body: Any, content: str, headers: Mapping[str, str], *, more: bool = False
-    ) -> None:
-        data = body if isinstance(body, bytes) else json.dumps(body).encode()  # ASCII: whatever the text holds
-        given = {"content-type": content, "content-length": str(len(data)), "cache-control": "no-store", **headers}
-        raw = [(name.encode("latin-1"), value.encode("latin-1")) for name, value in given.items()]
-        self.started = True
-        await self._send({"type": "http.response.start", "status": status, "headers": raw})
-        await self._send({"type": "http.response.body", "body": data, "more_body": more})
-
-    async def _linger(self) -> None:
-        try:
-            async with asyncio.timeout(LINGER):
-                while not self.complete:
-                    await self.read()
-        except (TimeoutError, Refused):
-            pass
+        The answer is given at once, so that a URL in WebHook-Request-Callback is never called.
+        """
+        answer = {"allow": "POST, OPTIONS"}
+        if origin := headers.get("webhook-request-origin"):
+            answer |= {"webhook-allowed-origin": origin, "webhook-allowed-rate": "*"}
+        await exchange.answer(200, b"", headers=answer)

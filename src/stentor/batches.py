@@ -1,10 +1,16 @@
-"""Batch handlers: many events in one call, each with an end of its own."""
+"""Batch handlers: many events in one call, each with an end of its own.
+
+A batch begins at once when none of its handler runs; while one does, what comes is gathered, and begins when that one
+ends, or beside it when it is full. It is the rule of Nagle (RFC 896) for small packets, and needs no timer: at low load
+a batch is one event, and under load it grows with what the handler takes.
+"""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
 from contextlib import nullcontext
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from stentor.context import Context, current
@@ -12,9 +18,29 @@ from stentor.errors import BatchFailed, LeaseLost, StentorError
 from stentor.lanes import Lane
 from stentor.message import Delivery, Message, Outcome, Settlement
 from stentor.plan import Route
+from stentor.rate import learn
 
 if TYPE_CHECKING:
     from stentor.worker import Worker
+
+
+def arm(worker: Worker, route: Route) -> None:
+    """Let a runner take the next batch when it may begin: it is full, or it has waited and none runs."""
+    batch = route.handler.batch
+    if batch is None or route.armed or not route.pending:
+        return
+    if len(route.pending) >= batch.size or (not route.running and (route.waited or not batch.wait)):
+        route.armed, route.waited = True, False
+        worker.ready.append(route)
+        worker.poke()
+    elif batch.wait and not route.waiting and not route.waited:
+        route.waiting = True
+        worker.clock.call_later(batch.wait, partial(_waited, worker, route))
+
+
+def _waited(worker: Worker, route: Route) -> None:
+    route.waiting, route.waited = False, bool(route.pending)
+    arm(worker, route)
 
 
 async def run_batch(worker: Worker, route: Route, task: asyncio.Task[None]) -> None:
@@ -24,12 +50,13 @@ async def run_batch(worker: Worker, route: Route, task: asyncio.Task[None]) -> N
     lanes: list[Lane] = []
     while route.pending and len(lanes) < route.handler.batch.size:
         lane = route.pending.popleft()
-        if not lane.share.gone and lane.head is not None:
+        if not lane.share.gone and lane.head is not None and (worker.pace is None or worker.pace.begin(lane)):
             lanes.append(lane)
-    worker.arm(route)
-    worker.poke()
     if not lanes:
+        arm(worker, route)
         return
+    route.running += 1
+    arm(worker, route)
     for lane in lanes:
         lane.busy = True
         lane.since = worker.loop.time()
@@ -49,6 +76,8 @@ async def run_batch(worker: Worker, route: Route, task: asyncio.Task[None]) -> N
             lane.share.running -= 1
         worker.running -= 1
         worker.runners[task] = None
+        route.running -= 1
+        arm(worker, route)
         if worker.stopping or any(lane.share.gone for lane in lanes):
             worker.note_shares()
             worker.note_quiet()
@@ -87,20 +116,27 @@ async def _begin(worker: Worker, route: Route, lanes: list[Lane]) -> dict[Lane, 
         for lane in lanes
         if lane.head is not None and (attempt := lane.share.tries.get(lane.head.offset)) is not None
     ]
-    begun = await asyncio.gather(*(worker.begin(lane, route, delivery, attempt) for lane, delivery, attempt in seen))
+    begun = await asyncio.gather(
+        *(worker.parking.begin(lane, route, delivery, attempt) for lane, delivery, attempt in seen)
+    )
     return {lane: good for (lane, _, _), good in zip(seen, begun, strict=True)}
 
 
-async def _invoke_batch(worker: Worker, route: Route, members: list[tuple[Lane, Delivery, Any]]) -> None:
+async def _invoke_batch(  # noqa: C901  the ways in which a batch ends, side by side
+    worker: Worker, route: Route, members: list[tuple[Lane, Delivery, Any]]
+) -> None:
     attempts = [lane.share.tries.get(delivery.offset) for lane, delivery, _ in members]
     first = members[0][1]
-    context = Context(worker, first, max(a.before + 1 if a else 1 for a in attempts), None)
+    attempt = max(a.before + 1 if a else 1 for a in attempts)
+    context = Context(worker, first, attempt, None, [delivery for _, delivery, _ in members])
     errors: dict[int, BaseException] = {}
     token = current.set(context)
     try:
         timeout = route.handler.timeout
         async with worker.clock.timeout(timeout) if timeout else nullcontext():
             result = await route.invoke([event for _, _, event in members], context)
+        if worker.circuit is not None:
+            worker.circuit.worked()
         if result is not None:
             context.add(result)
     except BatchFailed as failed:
@@ -113,14 +149,20 @@ async def _invoke_batch(worker: Worker, route: Route, members: list[tuple[Lane, 
     except BaseException as error:
         if isinstance(error, (KeyboardInterrupt, SystemExit)):
             raise
-        if len(members) > 1:
+        if worker.circuit is not None and worker.circuit.concerns(error):
+            errors = dict.fromkeys(range(len(members)), error)  # nobody's fault
+        elif len(members) > 1:
             # Whose fault it is shows one by one; the others lose no attempt.
             for member in members:
                 await _invoke_batch(worker, route, [member])
             return
-        errors = {0: error}
+        else:
+            errors = {0: error}
     finally:
         current.reset(token)
+        worker.meter.took(members[0][0].since, first.message, len(members))
+        if worker.limiter is not None:
+            learn(worker, worker.limiter, members[0][0])
     for index in errors:
         lane, delivery, _ = members[index]
         worker.failed(lane, route, delivery, errors[index])

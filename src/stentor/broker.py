@@ -49,6 +49,8 @@ class Features(Struct, frozen=True, kw_only=True):
     """Its content outlives a restart of the broker."""
     placed: bool = True
     """Receipts say the position; else it is None, and only browsing tells."""
+    one_order: bool = True
+    """Positions of a topic are all comparable; else only those of one of its partitions."""
     max_bytes: int = 8 * 1024 * 1024
     """The largest message: attributes and data together."""
 
@@ -80,6 +82,15 @@ class Owner(Protocol):
 
 class Consumer(Protocol):
     """One group's member in this process."""
+
+    @property
+    def until(self) -> float:
+        """By ``time.monotonic``: what is owned now is nobody else's before. Past it nothing begins until ``sure``."""
+        ...
+
+    async def sure(self) -> None:
+        """Back when it is known again what is owned, and what is not was lost. Cancelling it is safe."""
+        ...
 
     async def start(self) -> None:
         """Join the group: from now on partitions are assigned."""

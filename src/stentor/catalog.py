@@ -120,8 +120,7 @@ class Catalog:
             spec.decode(data)
         except _BAD as error:
             raise InvalidEvent(f"{cls.__qualname__}: {error}; {_short(event)}") from None
-        if b"null" in data:  # msgspec writes NaN and infinities as null, which an optional field would swallow
-            check_finite(event, cls.__qualname__)
+        spec.check_finite(event, data)
         if self.published is not None and spec.type not in self.published:
             raise InvalidEvent(f"this app does not publish {spec.type!r}; declare it with app.publishes(...)")
         if spec.wire == "json":

@@ -38,6 +38,21 @@ def seconds(duration: Duration, what: str = "duration") -> float:
     raise DefinitionError(f'{what}: {duration!r} is no duration; write "200ms", "30s", "5m", "30d" or a timedelta')
 
 
+_RATE = re.compile(r"([0-9]+(?:\.[0-9]+)?)/(s|m|h|d)")
+
+
+def per_second(rate: str, what: str = "rate") -> float:
+    """The events a second in a rate such as ``"100/s"``, ``"5/m"`` or ``"2.5/h"``.
+
+    Raises:
+        DefinitionError: it is no rate, or none may ever begin; ``what`` names it in the message.
+    """
+    found = _RATE.fullmatch(rate) if isinstance(rate, str) else None
+    if found is None or not float(found[1]):
+        raise DefinitionError(f'{what}: {rate!r} is no rate; write "100/s", "5/m" or "1000/h"')
+    return float(found[1]) / _UNITS[found[2]]
+
+
 def iso(timestamp: float) -> str:
     """RFC 3339 text, in UTC with microseconds, of seconds since the epoch."""
     return datetime.fromtimestamp(timestamp, UTC).isoformat(timespec="microseconds")[:-6] + "Z"

@@ -91,6 +91,14 @@ _BUILT_IN = {
 """By URL scheme: the class, and the extra that brings its client library."""
 
 
+def load(path: str, extra: str, what: str) -> Any:
+    """What ``module:name`` names. Raises ConfigError when a library is missing, naming the extra that brings it."""
+    try:
+        return EntryPoint(what, path, "stentor").load()
+    except ImportError as error:
+        raise ConfigError(f"{what}: a library is missing ({error}); pip install 'stentor[{extra}]'") from None
+
+
 def connect(url: str, clock: Clock | None = None) -> Broker:
     """The broker of a URL, not yet opened.
 
@@ -100,23 +108,15 @@ def connect(url: str, clock: Clock | None = None) -> Broker:
         ConfigError: the URL or an option is wrong, or nothing provides the scheme.
     """
     parsed = BrokerUrl(url)
-    extra = parsed.scheme
-    points: dict[str, Any]
     if parsed.scheme in _BUILT_IN:
         path, extra = _BUILT_IN[parsed.scheme]
-        points = {parsed.scheme: EntryPoint(parsed.scheme, path, "stentor.brokers")}
     else:
-        points = {point.name: point for point in entry_points(group="stentor.brokers")}
+        points = {point.name: point.value for point in entry_points(group="stentor.brokers")}
         if parsed.scheme not in points:
             known = ", ".join(sorted(set(_BUILT_IN) | set(points)))
             raise ConfigError(f"{parsed}: no broker for {parsed.scheme}://; installed are {known}")
-    try:
-        factory: Any = points[parsed.scheme].load()
-    except ImportError as error:
-        raise ConfigError(
-            f"{parsed}: its client library is missing ({error}); pip install 'stentor[{extra}]'"
-        ) from None
-    broker: Broker = factory(parsed, clock or SystemClock())
+        path, extra = points[parsed.scheme], parsed.scheme
+    broker: Broker = load(path, extra, str(parsed))(parsed, clock or SystemClock())
     parsed.finish()
     return broker
 

@@ -99,17 +99,25 @@ class Host(Protocol):
     group: str
     runtime: Runtime
 
+    @property
+    def hold(self) -> Any: ...
+
     async def progress(self, delivery: Delivery, progress: Progress) -> None: ...
 
 
 class Context:
     """One handling of one delivery (of one batch, for a batch handler)."""
 
-    __slots__ = ("_count", "_delivery", "_host", "_log", "_message", "attempt", "cancelled", "outputs", "state")
+    __slots__ = (
+        "_batch", "_count", "_delivery", "_host", "_log", "_message", "attempt", "cancelled", "outputs", "state",
+    )  # fmt: skip
 
-    def __init__(self, host: Host, delivery: Delivery, attempt: int, state: bytes | None) -> None:
+    def __init__(
+        self, host: Host, delivery: Delivery, attempt: int, state: bytes | None, batch: Sequence[Delivery] = ()
+    ) -> None:
         self._host = host
         self._delivery = delivery
+        self._batch = batch
         self.attempt = attempt
         """1 for the first attempt."""
         self.state = state
@@ -127,6 +135,11 @@ class Context:
         if self._message is None:
             self._message = private(self._delivery.message)
         return self._message
+
+    @property
+    def messages(self) -> list[Message]:
+        """The messages of the events of a batch, in their order, in copies; else the one being handled."""
+        return [private(delivery.message) for delivery in self._batch] or [self.message]
 
     @property
     def replayed(self) -> str:
@@ -191,6 +204,10 @@ class Context:
     def retry(self, after: Duration | None = None, *, count: bool = True) -> NoReturn:
         """End this handling and run it again later; ``count=False`` burns no attempt."""
         raise RetryLater(None if after is None else seconds(after, "ctx.retry: after"), count)
+
+    def hold(self, time: Duration, reason: str) -> None:
+        """Begin nothing new of this group in this process for a while, as what it needs is away; health shows why."""
+        self._host.hold.set(seconds(time, "ctx.hold: time"), reason)
 
     def dead(self, reason: str) -> NoReturn:
         """End this handling and put the event among the dead letters at once."""

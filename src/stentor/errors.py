@@ -12,7 +12,9 @@ StentorError
 ├── Undecodable              bytes that cannot be read as the event they claim to be
 │   └── NewerVersion         … because a newer program wrote them
 ├── BatchFailed              raised by a batch handler: which members failed
+├── NotDelivered             a remote handler did not take an event
 ├── NotConnected             the app is not running and not connected
+├── PositionLost             what a source has not read yet is gone where it comes from
 └── BrokerError              the broker refused or could not be reached
     ├── Unavailable          not reachable or busy now; trying again makes sense
     ├── AuthenticationFailed wrong credentials; trying again does not
@@ -92,8 +94,25 @@ class BatchFailed(StentorError):
         self.errors = dict(errors)
 
 
+class NotDelivered(StentorError):
+    """A remote handler did not take an event.
+
+    ``status`` is its answer, None without one; ``after`` the seconds it asks to wait; ``away``: it was not reached.
+    """
+
+    def __init__(self, text: str, status: int | None = None, *, after: float | None = None, away: bool = False) -> None:
+        super().__init__(text)
+        self.status = status
+        self.after = after
+        self.away = away
+
+
 class NotConnected(StentorError):
     """The app is not running and not connected; use ``async with app:`` or ``app.connected()``."""
+
+
+class PositionLost(StentorError):
+    """What a source has not read yet is gone where it comes from: a slot, a log file."""
 
 
 class BrokerError(StentorError):

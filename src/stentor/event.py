@@ -62,8 +62,8 @@ class EventSpec:
     """
 
     __slots__ = (
-        "also", "cls", "convert", "decode", "encode", "key", "key_of", "newer", "topic", "type", "upcasts", "version",
-        "wire",
+        "also", "cls", "convert", "decode", "encode", "key", "key_of", "newer", "tells_none", "topic", "type",
+        "upcasts", "version", "wire",
     )  # fmt: skip
 
     def __init__(
@@ -98,6 +98,18 @@ class EventSpec:
         self.upcasts: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {}
         self.key_of = _compile_key(cls, key)
         self.encode, self.decode, self.convert = _codec(cls)
+        self.tells_none = issubclass(cls, Struct) and not cls.__struct_config__.omit_defaults
+        """Whether every field that is None is in the bytes, as a null."""
+
+    def check_finite(self, event: Any, data: bytes) -> None:
+        """Refuse NaN and infinities, which JSON cannot carry: ``data``, the event's bytes, has them as null.
+
+        Raises:
+            InvalidEvent: there is one, and where.
+        """
+        nulls = data.count(b"null")
+        if nulls and not (self.tells_none and nulls == msgspec.structs.astuple(event).count(None)):
+            check_finite(event, self.cls.__qualname__)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -397,18 +409,26 @@ class Outgoing(Struct, frozen=True):
     headers: Mapping[str, Attribute] | None = None
 
 
+_PLAIN = frozenset({str, int, bool, bytes, type(None), datetime, UUID})
+
+
 def check_finite(value: Any, where: str) -> None:
     """Refuse NaN and infinities, which JSON cannot carry, anywhere inside an event or plain data."""
-    if isinstance(value, float) and not math.isfinite(value):
-        raise InvalidEvent(f"{where}: {value!r} cannot be carried by JSON")
-    for name in field_names(type(value)):
-        check_finite(getattr(value, name), f"{where}.{name}")
-    if isinstance(value, Mapping):
-        for name, item in value.items():
-            check_finite(item, f"{where}.{name}")
+    if isinstance(value, float):
+        if not math.isfinite(value):
+            raise InvalidEvent(f"{where}: {value!r} cannot be carried by JSON")
     elif isinstance(value, (list, tuple, set, frozenset)):
         for index, item in enumerate(value):
-            check_finite(item, f"{where}[{index}]")
+            if type(item) not in _PLAIN:  # most are, and every event with a null pays for the calls
+                check_finite(item, f"{where}[{index}]")
+    elif isinstance(value, (dict, Mapping)):
+        for name, item in value.items():
+            if type(item) not in _PLAIN:
+                check_finite(item, f"{where}.{name}")
+    else:
+        for name in getattr(value, "__struct_fields__", None) or field_names(type(value)):
+            if type(item := getattr(value, name)) not in _PLAIN:
+                check_finite(item, f"{where}.{name}")
 
 
 class DataclassLike(Protocol):

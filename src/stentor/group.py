@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, Concatenate, Literal, ParamSpec, Protocol, TypeVar, overload
 from zoneinfo import ZoneInfo
 
-from stentor.clock import Duration
+from stentor.breaker import Breaker
+from stentor.clock import Duration, per_second
 from stentor.context import FIRING, Firing
 from stentor.errors import DefinitionError, DuplicateType
 from stentor.event import EventSpec, Topic, check_name, spec_of
 from stentor.handler import Batch, Handler, local_names
+from stentor.limiter import MOST
 from stentor.message import Message
 from stentor.retry import Retry
 from stentor.schedule import Cron, Every, Missed, Timer
-from stentor.source import SourceFunction, check_source
+from stentor.source import Publish, Source, SourceFunction, check_source
 from stentor.subscription import Ordering, Start
 
 A = TypeVar("A")
@@ -25,6 +27,7 @@ S = TypeVar("S")
 P = ParamSpec("P")
 R = TypeVar("R")
 F = TypeVar("F", bound=Callable[..., Any])
+G = TypeVar("G", bound=Callable[[Publish], Awaitable[None]] | Source)
 Where = Callable[[Any], bool] | str | None
 
 
@@ -41,10 +44,14 @@ class Group:
     """Handlers that share one place in their topics: order holds across their types.
 
     ``name``: default ``<app>.<function or class>``. ``ordering="key"`` runs the events of a key one at a time, in
-    order; ``"none"`` as they come. ``concurrency``: handlers running at once, per process. ``start``: where a new
-    group begins. ``on_dead="park"`` holds a key whose event died until it is redriven or dropped. ``broadcast``: every
-    running instance sees every event. ``single``: one process at a time runs it, one event at a time. ``was``: earlier
-    names of this group, which it takes over.
+    order; ``"none"`` as they come. ``concurrency``: handlers running at once, per process; ``"auto"`` finds by their
+    own times how many are worth it. ``rate`` and ``key_rate``: events that begin in a time (``"100/s"``, ``"5/m"``), of
+    all processes together and of each key. ``breaker``: waits for what the handlers call, at no attempt, while it is
+    away. ``priority``: while the process has more to do than it can, its groups with a higher one begin first, and
+    the others run one handler at a time, for a tenth of the time at most. ``start``: where a new group begins.
+    ``on_dead="park"`` holds a key whose event died until it is redriven or dropped. ``broadcast``: every running
+    instance sees every event. ``single``: one process at a time runs it, one event at a time. ``was``: earlier names of
+    this group, which it takes over.
 
     Raises:
         DefinitionError: a setting makes no sense.
@@ -55,7 +62,11 @@ class Group:
         name: str | None = None,
         *,
         ordering: Ordering = "key",
-        concurrency: int = 64,
+        concurrency: int | Literal["auto"] = 64,
+        rate: str | None = None,
+        key_rate: str | None = None,
+        breaker: Breaker | None = None,
+        priority: int = 0,
         start: Start = "earliest",
         on_dead: Literal["continue", "park"] = "continue",
         broadcast: bool = False,
@@ -67,8 +78,14 @@ class Group:
             check_name(name, "group")
         if ordering not in ("key", "none"):
             raise DefinitionError(f'{label}: ordering must be "key" or "none", not {ordering!r}')
-        if not isinstance(concurrency, int) or isinstance(concurrency, bool) or concurrency < 1:
-            raise DefinitionError(f"{label}: concurrency must be a whole number from 1, not {concurrency!r}")
+        if concurrency != "auto" and (type(concurrency) is not int or concurrency < 1):
+            raise DefinitionError(f'{label}: concurrency must be a whole number from 1 or "auto", not {concurrency!r}')
+        if key_rate is not None and ordering == "none":
+            raise DefinitionError(f'{label}: key_rate needs ordering="key"')
+        if breaker is not None and not isinstance(breaker, Breaker):
+            raise DefinitionError(f"{label}: breaker must be a Breaker, not {breaker!r}")
+        if type(priority) is not int:
+            raise DefinitionError(f"{label}: priority must be a whole number, not {priority!r}")
         if start not in ("earliest", "latest"):
             raise DefinitionError(f'{label}: start must be "earliest" or "latest", not {start!r}')
         if on_dead not in ("continue", "park"):
@@ -79,7 +96,11 @@ class Group:
             raise DefinitionError(f"{label}: broadcast and single exclude each other")
         self.name = name
         self.ordering: Ordering = ordering
-        self.concurrency = 1 if single else concurrency
+        self.concurrency: int | Literal["auto"] = 1 if single else concurrency
+        self.rate = 0.0 if rate is None else per_second(rate, f"{label}: rate")
+        self.key_rate = 0.0 if key_rate is None else per_second(key_rate, f"{label}: key_rate")
+        self.breaker = breaker
+        self.priority = priority
         self.start: Start = "latest" if broadcast else start
         self.on_dead = on_dead
         self.broadcast = broadcast
@@ -88,6 +109,11 @@ class Group:
         self.handlers: list[Handler] = []
         self.timers: list[tuple[Timer, Handler]] = []
         self.sources: list[SourceFunction] = []
+
+    @property
+    def most(self) -> int:
+        """Handlers that may run at once at the most."""
+        return MOST if self.concurrency == "auto" else self.concurrency
 
     @overload
     def on(
@@ -196,15 +222,15 @@ class Group:
 
         return decorate
 
-    def source(self, *, instances: Literal["one", "each"] = "one") -> Callable[[F], F]:
-        """Register a source: an async function that takes a ``Publish`` and makes events until it returns.
+    def source(self, *, instances: Literal["one", "each"] = "one") -> Callable[[G], G]:
+        """Register a ``Source``, or an async function that takes a ``Publish`` and makes events until it returns.
 
         ``instances="one"``: one process runs it at a time, and its position survives; ``"each"``: every process.
         """
 
-        def decorate(function: F) -> F:
-            self.sources.append(check_source(function, instances))
-            return function
+        def decorate(source: G) -> G:
+            self.sources.append(check_source(source, instances))
+            return source
 
         return decorate
 
@@ -245,8 +271,12 @@ def on(
     return decorate
 
 
-def component_group(component: object) -> Group:
-    """The group of a component: its methods that carry ``@stentor.on``. Raises DefinitionError if there are none."""
+def component_group(component: Any) -> Group:
+    """The group of a component (its methods that carry ``@stentor.on``) or of a source (an object with ``run``).
+
+    Raises:
+        DefinitionError: it is neither.
+    """
     cls = type(component)
     group = Group()
     for name, member in inspect.getmembers(cls, callable):
@@ -254,6 +284,11 @@ def component_group(component: object) -> Group:
             handler = Handler(getattr(component, name), **options)
             handler.local = local
             group.add_handler(handler)
-    if not group.handlers:
-        raise DefinitionError(f"{cls.__qualname__} is no Group, and no method of it carries @stentor.on(...)")
+    if not group.handlers and hasattr(component, "run"):
+        group.source(instances=getattr(component, "instances", "one"))(component)
+    elif not group.handlers:
+        raise DefinitionError(
+            f"{cls.__qualname__} is no Group, no source (async def run(self, publish)), and no method of it carries "
+            "@stentor.on(...)"
+        )
     return group

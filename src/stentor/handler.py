@@ -9,6 +9,7 @@ import inspect
 import types
 import typing
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from typing import Annotated, Any, Union, get_args, get_origin
 
@@ -65,6 +66,8 @@ class Handler:
         if batch is not None and not isinstance(batch, Batch):
             raise DefinitionError(f"{self.name}: batch must be a Batch, not {batch!r}")
         self.batch = batch
+        self.raw = False
+        """Its parameter is a Message though it is registered for types: it gets what the broker has, undecoded."""
         self.local = local_names()
         self.where, self.where_sql = _filter(where, self.name)
 
@@ -177,10 +180,11 @@ def _check_event_parameter(handler: Handler, parameter: inspect.Parameter, funct
         annotation = get_args(annotation)[0]
         if isinstance(annotation, str):
             return
-    if handler.topic is not None:
-        if annotation is not Message:
-            raise DefinitionError(f"{where} of a whole-topic handler must be a Message, not {_show(annotation)}")
+    if annotation is Message:
+        handler.raw = True
         return
+    if handler.topic is not None:
+        raise DefinitionError(f"{where} of a whole-topic handler must be a Message, not {_show(annotation)}")
     members = _members(annotation)
     if _UNKNOWN in members or any(isinstance(member, (str, typing.TypeVar, typing.ForwardRef)) for member in members):
         return
@@ -241,9 +245,15 @@ def _events(annotation: Any) -> tuple[type, ...]:
 
 
 class AppScope:
-    """Holds what ``Depends(..., scope="app")`` made, from first use to the app's stop."""
+    """Holds what ``Depends(..., scope="app")`` made, from first use to the app's stop, and threads for sync handlers.
 
-    def __init__(self) -> None:
+    The event loop's own executor has few (four more than cores), and others use it too. A test may give another.
+    """
+
+    def __init__(self, most: int, executor: Executor | None = None) -> None:
+        self._most = max(1, most)
+        self._given = executor
+        self._threads: ThreadPoolExecutor | None = None
         self._made: dict[Callable[..., Any], asyncio.Future[Any]] = {}
         self._stack = AsyncExitStack()
 
@@ -261,7 +271,19 @@ class AppScope:
                 raise
         return await asyncio.shield(future)
 
+    @property
+    def threads(self) -> Executor:
+        """Starts a thread when all that there are have work."""
+        if self._given is not None:
+            return self._given
+        if self._threads is None:
+            self._threads = ThreadPoolExecutor(self._most, "stentor handler")
+        return self._threads
+
     async def close(self) -> None:
+        if self._threads is not None:
+            self._threads.shutdown(wait=False)
+            self._threads = None
         self._made.clear()
         await self._stack.aclose()
 
@@ -373,7 +395,7 @@ def _compile(handler: Handler, function: Callable[..., Any], scope: AppScope, ov
     elif inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__):
         call = function
     else:
-        call = _in_thread(function)
+        call = _in_thread(function, scope)
 
     if not injected:
         if positional:
@@ -399,11 +421,11 @@ def _compile(handler: Handler, function: Callable[..., Any], scope: AppScope, ov
     return invoke
 
 
-def _in_thread(function: Callable[..., Any]) -> Callable[..., Awaitable[Any]]:
+def _in_thread(function: Callable[..., Any], scope: AppScope) -> Callable[..., Awaitable[Any]]:
     async def run(*args: Any, **kwargs: Any) -> Any:
         context = contextvars.copy_context()
         work = functools.partial(context.run, function, *args, **kwargs)
-        future = asyncio.get_running_loop().run_in_executor(None, work)
+        future = asyncio.get_running_loop().run_in_executor(scope.threads, work)
         try:
             return await asyncio.shield(future)
         except asyncio.CancelledError:

@@ -25,6 +25,7 @@ from stentor.errors import (
     Undecodable,
 )
 from stentor.event import EventSpec, key_text
+from stentor.exchange import JSON, PROBLEM, Refused
 from stentor.message import Message, Receipt
 from stentor.program import Program
 
@@ -32,26 +33,7 @@ HELD = 1.0
 """Seconds after which a publisher that the broker holds back is told to come again."""
 ID_LIMIT = 256
 """Characters of an id, as for ``publish(id=...)``."""
-JSON = "application/json"
-PROBLEM = "application/problem+json"
 _WHO = re.compile(r"^(?:event (\d+) of the batch: )?(?:attributes?|header) '([^']*)'")
-
-
-class Refused(Exception):
-    """A request is answered with a problem body; ``extra`` are its further members, ``retry`` is for Retry-After."""
-
-    def __init__(
-        self, status: int, detail: str, *, retry: int | None = None, allow: str | None = None, **extra: Any
-    ) -> None:
-        super().__init__(detail)
-        self.status = status
-        self.detail = detail
-        self.extra = extra
-        self.headers: dict[str, str] = {}
-        if retry is not None:
-            self.headers["retry-after"] = str(retry)
-        if allow is not None:
-            self.headers["allow"] = allow
 
 
 def _wrong(attribute: str, text: object, status: int = 400) -> Refused:
@@ -204,6 +186,8 @@ async def publish(program: Program, messages: list[Message]) -> tuple[Receipt, .
     """Store them all, or refuse them all; posting them again after any answer but 202 is safe, as ids stay."""
     try:
         async with program.clock.timeout(HELD):
+            if program.runtime.undeclared:
+                await program.declare_new()
             return tuple(await program.broker.publish(messages))
     except TimeoutError:
         raise Refused(429, f"the broker did not take it within {HELD:g} s; post it again as it is", retry=2) from None

@@ -49,15 +49,17 @@ decode_parked = msgspec.msgpack.Decoder(Parked).decode
 class Try:
     """What is known of earlier attempts of a delivery; a delivery without one is at its first, in the log."""
 
-    __slots__ = ("errors", "failures", "name", "started", "starts", "state", "stored")
+    __slots__ = ("errors", "failures", "fresh", "name", "started", "starts", "state", "stored")
 
-    def __init__(self, name: str, *, stored: str = "", failures: int = 0, starts: int = 0) -> None:
+    def __init__(self, name: str, *, stored: str = "", failures: int = 0, starts: int = 0, fresh: bool = False) -> None:
         self.name = name
         """``<offset>[~n]``"""
         self.stored = stored
         """Its ``q/`` name when it is in the journal, else empty."""
         self.failures = failures
         self.starts = starts
+        self.fresh = fresh
+        """It has never begun: as for what comes first from the log, its start is not recorded."""
         self.started = False
         """The running attempt's own start is recorded."""
         self.errors: list[ErrorRecord] = []
@@ -100,7 +102,7 @@ class Lane:
 class Share:
     """What a worker holds of one partition it owns."""
 
-    __slots__ = ("anonymous", "duties", "gone", "idle", "inflight", "lanes", "partition", "running", "tries")
+    __slots__ = ("anonymous", "duties", "flying", "fresh", "gone", "idle", "lanes", "partition", "running", "tries")
 
     def __init__(self, partition: Partition) -> None:
         self.partition = partition
@@ -108,14 +110,21 @@ class Share:
         self.anonymous: set[Lane] = set()
         """Lanes of events without a key that are in the journal."""
         self.tries: dict[int, Try] = {}
-        self.inflight = 0
-        """Deliveries of the log that are not settled."""
+        self.fresh: set[str] = set()
+        """Names of stored events that have never begun: only what this owner has stored can be known so."""
+        self.flying: set[int] = set()
+        """Offsets of deliveries of the log that are not settled."""
         self.running = 0
         self.gone = False
         """Given up or lost: nothing more starts."""
         self.idle: asyncio.Future[None] | None = None
         """Resolved when nothing of it runs or waits for its settle."""
         self.duties: list[asyncio.Task[Any]] = []
+
+    @property
+    def inflight(self) -> int:
+        """Deliveries of the log that are not settled."""
+        return len(self.flying)
 
 
 def stored_name(offset: int, suffix: str, key: str | None) -> str:

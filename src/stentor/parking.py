@@ -15,12 +15,13 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from stentor.context import derived_id
+from stentor.context import decode_progress, derived_id
 from stentor.errors import LeaseLost, StentorError
-from stentor.lanes import Lane, Parked, Try, decode_parked, insert_sorted, offset_of, split_stored, stored_name
-from stentor.message import DeadLetter, Delivery, ErrorRecord, Mark, Message, Outcome, Settlement, dead_topic
+from stentor.lanes import Lane, Parked, Share, Try, decode_parked, insert_sorted, offset_of, split_stored, stored_name
+from stentor.message import DeadLetter, Delivery, ErrorRecord, Mark, Message, Outcome, Partition, Settlement, dead_topic
 
 if TYPE_CHECKING:
+    from stentor.plan import Route
     from stentor.worker import Worker
 
 LONG_RUN = 5.0
@@ -40,6 +41,36 @@ class Parking:
         self._sequence = 0
         self.loads: set[asyncio.Task[None]] = set()
         """Reads of the journal under way."""
+
+    async def restore(self, partition: Partition) -> Share:
+        """The share of a partition that is owned from now on, with all that its journal has of it."""
+        share = Share(partition)
+        consumer = self._worker.consumer
+        names = await consumer.names(partition)
+        lanes: dict[str, list[str]] = {}
+        for name in names:
+            if name.startswith("q/"):
+                place, key = split_stored(name)
+                lanes.setdefault(f"\0{place}" if key is None else key, []).append(name)
+        opened = [name for name in names if name.startswith("a/")]
+        held = {name[2:] for name in names if name.startswith("k/")}
+        starts = await consumer.read(partition, opened) if opened else {}
+        for name, value in starts.items():
+            share.tries[offset_of(name[2:])] = Try(name[2:], starts=int(value))
+        for name in names:
+            if name.startswith("p/"):
+                share.tries.setdefault(offset_of(name[2:]), Try(name[2:]))
+        for key, stored in lanes.items():
+            lane = Lane(share, None if key[0] == "\0" else key, None)
+            lane.stored = deque(sorted(stored))
+            self.keep(lane)
+            lane.held = key in held
+        for key in held - set(lanes):
+            lane = share.lanes[key] = Lane(share, key, None)
+            lane.held = True
+        for lane in [*share.lanes.values(), *share.anonymous]:
+            self.proceed(lane)
+        return share
 
     def proceed(self, lane: Lane) -> None:
         """Nothing of the lane is in memory: fetch what the journal has of it when it is due, or drop the lane."""
@@ -68,6 +99,33 @@ class Parking:
             lane.share.anonymous.discard(lane)
         else:
             lane.share.lanes.pop(lane.key, None)
+
+    async def begin(self, lane: Lane, route: Route, delivery: Delivery, attempt: Try) -> bool:
+        """Record the start of a delivery that was seen before; False if it is dead by the starts nobody saw end."""
+        if attempt.fresh:
+            attempt.fresh = False
+            return True
+        worker = self._worker
+        limit = route.handler.retry.attempts
+        if limit is not None and attempt.before >= limit:
+            died = RuntimeError("the worker died while this event was handled")
+            self.die(lane, delivery, died, "attempts", attempt.before)
+            return False
+        done = worker.loop.create_future()
+        record: dict[str, bytes | None] = {f"a/{attempt.name}": str(attempt.starts + 1).encode()}
+        worker.add(
+            Settlement(lane.share.partition, delivery.offset, Outcome.NONE, (), record),
+            lambda error: None if done.done() else done.set_result(error),
+        )
+        error = await done
+        if error is not None:
+            lane.busy = False
+            return False
+        attempt.started = True
+        name = f"p/{attempt.name}"
+        value = (await worker.consumer.read(lane.share.partition, [name])).get(name)
+        attempt.state = None if value is None else decode_progress(value).state
+        return True
 
     def record(self, error: BaseException) -> ErrorRecord:
         trace = "".join(traceback.format_exception(error)[-4:])[-4000:]
@@ -116,8 +174,12 @@ class Parking:
             attempt = share.tries.pop(delivery.offset, None)
             if attempt is not None and attempt.stored:
                 names.append(attempt.stored)
+                if attempt.fresh:
+                    share.fresh.add(attempt.stored)
                 continue
             name = stored_name(delivery.offset, "", lane.key)
+            if attempt is None:
+                share.fresh.add(name)
             parked = Parked(message=delivery.message, failures=attempt.before if attempt else 0, replay=delivery.replay)
             records: dict[str, bytes | None] = {name: parked.encode()}
             if attempt is not None and attempt.starts:
@@ -216,6 +278,7 @@ class Parking:
             value = found.get(name)
             if value is None:
                 lane.stored.popleft()
+                share.fresh.discard(name)
                 continue
             parked = decode_parked(value)
             if parked.due > now and not parked.waits:
@@ -227,7 +290,8 @@ class Parking:
             if known is not None and known.stored and known.stored != name:
                 break  # a redriven copy of an event that is still under way: after it
             starts = known.starts if known is not None and known.name == place else 0
-            attempt = Try(place, stored=name, failures=parked.failures, starts=starts)
+            attempt = Try(place, stored=name, failures=parked.failures, starts=starts, fresh=name in share.fresh)
+            share.fresh.discard(name)
             attempt.errors = parked.errors
             share.tries[offset] = attempt
             lane.stored.popleft()

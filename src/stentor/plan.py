@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from stentor.breaker import Breaker
+from stentor.clock import Clock
 from stentor.errors import StentorError
 from stentor.event import EventSpec
 from stentor.handler import Handler, Invoke
@@ -29,10 +32,16 @@ class Route:
     """For a batch handler: lanes whose head waits for the next batch."""
     armed: bool = False
     """A batch is about to be taken."""
+    running: int = 0
+    """Batches that run."""
     waiting: bool = False
-    """... after its wait, or when it is full."""
+    """A timer runs for what is pending."""
+    waited: bool = False
+    """It has run out: the next batch need not wait for more."""
 
 
+LONGEST_WAIT = 60.0
+"""Seconds after which a timer or source that keeps failing is tried again."""
 Duty = Callable[["Duties"], Awaitable[None]]
 
 
@@ -48,10 +57,56 @@ class Plan:
     """Handlers of whole topics, and of topics of plain JSON."""
     ordered: bool = True
     concurrency: int = 64
+    auto: bool = False
+    """How many run at once is found by the limiter; ``concurrency`` is the most."""
+    rate: float = 0.0
+    """Events that begin a second, of all processes together; 0: no limit."""
+    key_rate: float = 0.0
+    """... of one key."""
+    breaker: Breaker | None = None
+    priority: int = 0
+    """Groups of this process with a higher one begin first."""
     park: bool = False
     broadcast: bool = False
     duties: dict[str, Duty] = field(default_factory=dict)
     """By topic: what the owner of its partition 0 runs beside the events (timers, sources)."""
+
+    def route(self, message: Message) -> Route | None:
+        """What handles a message, if the group asks for it."""
+        return self.routes.get(message.type) or self.topics.get(message.topic)
+
+
+class Hold:
+    """A time in which a worker fetches nothing and begins nothing; what runs goes on."""
+
+    __slots__ = ("_clock", "_freed", "_poke", "_until", "reason")
+
+    def __init__(self, clock: Clock, poke: Callable[[], None]) -> None:
+        self._clock = clock
+        self._poke = poke
+        self._until = 0.0
+        self._freed = asyncio.Event()
+        self.reason: str | None = None
+        """Why, in one line; None when nothing is held."""
+
+    def set(self, seconds: float, reason: str) -> None:
+        """Hold for a while from now; of two times the one that ends later counts."""
+        until = self._clock.monotonic() + seconds
+        if self.reason is None or until > self._until:
+            self.reason, self._until = reason, until
+            self._freed.clear()
+            self._clock.call_later(seconds, self._free)
+
+    def _free(self) -> None:
+        if self.reason is not None and self._clock.monotonic() >= self._until:
+            self.reason = None
+            self._freed.set()
+            self._poke()
+
+    async def over(self) -> None:
+        """Wait until nothing is held."""
+        while self.reason is not None:
+            await self._freed.wait()
 
 
 @dataclass(slots=True)
@@ -80,6 +135,7 @@ class Duties:
         """Run a timer or source while the partition is owned; when it fails, again after a while."""
         group, log, wait = self._worker.group, self._worker.log, 1.0
         while True:
+            began = self.clock.monotonic()
             try:
                 await duty(self)
                 return
@@ -87,8 +143,10 @@ class Duties:
                 log.warning("%s: %s; again in %.3g s", group, error, wait)
             except Exception:
                 log.exception("%s failed; again in %.3g s", group, wait)
+            if self.clock.monotonic() - began > LONGEST_WAIT:  # it had recovered from what failed before
+                wait = 1.0
             await self.clock.sleep(wait)
-            wait = min(wait * 2, 60.0)
+            wait = min(wait * 2, LONGEST_WAIT)
 
     async def read(self, name: str) -> bytes | None:
         """A journal value kept under ``s/<name>``."""

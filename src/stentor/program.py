@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Awaitable, Callable, Collection, Sequence
+from concurrent.futures import Executor
 from typing import TYPE_CHECKING, Any
+
+from msgspec.structs import replace
 
 from stentor.broker import Broker, GroupInfo, weaker
 from stentor.catalog import Catalog
@@ -18,8 +21,9 @@ from stentor.group import Group
 from stentor.handler import AppScope, Handler
 from stentor.message import Message, dead_topic, new_id
 from stentor.plan import Plan, Route
+from stentor.priority import rank
 from stentor.schedule import TimerDuty, timer_topic
-from stentor.source import Publish, SourceDuty, SourceFunction, source_topic
+from stentor.source import Publish, SourceDuty, SourceFunction, refused_spec, source_topic
 from stentor.subscription import Subscription
 from stentor.worker import Worker
 
@@ -47,6 +51,7 @@ class Program:
         broker: Broker | None = None,
         overrides: dict[Any, Any] | None = None,
         adapt: Callable[[Route], None] | None = None,
+        threads: Executor | None = None,
     ) -> None:
         self.name = name
         self.catalog = catalog
@@ -62,13 +67,17 @@ class Program:
         self.workers: list[Worker] = []
         self.notes: list[str] = []
         """One line for each group at start."""
-        self.scope = AppScope()
+        self.scope = AppScope(sum(group.most for group in groups.values()), threads)
         self._app = app
         self._overrides = overrides or {}
         self._adapt = adapt
         self._declared: set[str] = set()
         self._each: list[asyncio.Task[None]] = []
         self.failure: BaseException | None = None
+        self.worker: int | None = None
+        """Its number among the workers of a supervisor, if it is one of several."""
+        self.others: Callable[[], Awaitable[list[dict[str, Any]] | None]] | None = None
+        """Asks for them: worker, state (ready, starting, stopping, silent) and figures of each."""
         self._on_fatal: Callable[[BaseException], None] | None = None
         if durable is not None and weaker(self.broker.features.durable, durable):
             raise ConfigError(
@@ -84,7 +93,8 @@ class Program:
         self._on_fatal = on_fatal
         self.runtime = Runtime(self._app, self.encode, self._fatal, self.declare_new, asyncio.get_running_loop())
         for group in self.groups.values():
-            for handler in [*group.handlers, *(handler for _, handler in group.timers)]:
+            refused = [source.again for source in group.sources if source.again is not None]
+            for handler in [*group.handlers, *(handler for _, handler in group.timers), *refused]:
                 handler.compile(self.scope, self._overrides)
         if self._owns_broker:
             await self.broker.open()
@@ -116,7 +126,7 @@ class Program:
                 topics[self.catalog.add(cls, f"{handler.place}: ").topic.name] = None
         if group.timers:
             topics[timer_topic(name)] = None
-        if any(source.instances == "one" for source in group.sources):
+        if any(source.instances == "one" or source.again for source in group.sources):
             topics[source_topic(name)] = None
         return Subscription(
             group=name, topics=tuple(topics), app=self.name, ordering=group.ordering, start=group.start,
@@ -199,8 +209,9 @@ class Program:
     def plan(self, name: str, group: Group, subscription: Subscription) -> Plan:
         """A group ready to run; raises DefinitionError for a handler that cannot be served."""
         plan = Plan(
-            name, subscription, {}, {}, ordered=group.ordering == "key", concurrency=group.concurrency,
-            park=group.on_dead == "park", broadcast=group.broadcast,
+            name, subscription, {}, {}, ordered=group.ordering == "key", concurrency=group.most,
+            auto=group.concurrency == "auto", rate=group.rate, key_rate=group.key_rate, breaker=group.breaker,
+            priority=group.priority, park=group.on_dead == "park", broadcast=group.broadcast,
         )  # fmt: skip
         for handler in group.handlers:
             invoke = handler.compile(self.scope, self._overrides)
@@ -208,7 +219,7 @@ class Program:
                 plan.topics[handler.topic] = Route(handler, None, invoke)
             for cls in handler.types:
                 spec = self.catalog.add(cls)
-                route = Route(handler, spec, invoke)
+                route = Route(handler, None if handler.raw else spec, invoke)
                 if spec.wire == "json":
                     plan.topics[spec.topic.name] = route
                 for type in spec.names:
@@ -218,9 +229,13 @@ class Program:
             plan.routes[spec.type] = Route(handler, spec, handler.compile(self.scope, self._overrides))
         if group.timers:
             plan.duties[timer_topic(name)] = TimerDuty(name, [timer for timer, _ in group.timers])
+        for source in group.sources:
+            if source.again is not None:
+                spec = refused_spec(source, name)
+                plan.routes[spec.type] = Route(source.again, spec, source.again.compile(self.scope, self._overrides))
         alone = [source for source in group.sources if source.instances == "one"]
         if alone:
-            plan.duties[source_topic(name)] = SourceDuty(alone, self.runtime, atomic=self.broker.features.atomic)
+            plan.duties[source_topic(name)] = SourceDuty(name, alone, self.runtime, atomic=self.broker.features.atomic)
         if self._adapt is not None:
             for route in dict.fromkeys([*plan.routes.values(), *plan.topics.values()]):
                 self._adapt(route)
@@ -233,16 +248,35 @@ class Program:
         if broadcast:
             await self.broker.declare([], broadcast)
         plans = {name: self.plan(name, self.groups[name], self._subscriptions[name]) for name in chosen}
-        for name in chosen:
+        for name in sorted(chosen, key=lambda name: -self.groups[name].priority):
             group = self.groups[name]
             if self._subscriptions[name].topics:
-                worker = Worker(plans[name], self.broker, self.catalog, self.clock, self.runtime)
-                self.workers.append(worker)
-                await worker.start()
+                await self._work(plans[name])
             for source in group.sources:
                 if source.instances == "each":
-                    self._each.append(asyncio.create_task(self._run_each(source)))
+                    self._each.append(asyncio.create_task(self._run_each(name, source)))
             self.notes.append(self.note(name, group))
+
+    async def declare_group(self, name: str, group: Group, owner: str) -> Subscription:
+        """Declare a group that is made while the app runs: it misses nothing from now on.
+
+        ``owner`` stands where other groups have the app, which refuses to start when a group of its own is gone.
+        """
+        subscription = replace(self._subscription(name, group, ""), app=owner)
+        await self.broker.declare([Topic(dead_topic(name))], [subscription])
+        return subscription
+
+    async def run_group(self, name: str, group: Group, owner: str) -> Worker:
+        """Declare a group while the app runs, and run it in this process. The caller, or the app's stop, stops it."""
+        subscription = await self.declare_group(name, group, owner)
+        return await self._work(self.plan(name, group, subscription))
+
+    async def _work(self, plan: Plan) -> Worker:
+        worker = Worker(plan, self.broker, self.catalog, self.clock, self.runtime)
+        self.workers.append(worker)
+        rank(self.workers)
+        await worker.start()
+        return worker
 
     def choose(self, only: Collection[str], skip: Collection[str]) -> list[str]:
         def full(name: str) -> str:
@@ -254,7 +288,7 @@ class Program:
         wanted = {full(name) for name in only} or set(self.groups)
         return [name for name in self.groups if name in wanted - {full(name) for name in skip}]
 
-    async def _run_each(self, source: SourceFunction) -> None:
+    async def _run_each(self, group: str, source: SourceFunction) -> None:
         async def write(messages: list[Message], _: bytes | None) -> None:
             if self.runtime.undeclared:
                 await self.declare_new()
@@ -263,7 +297,7 @@ class Program:
         wait = 1.0
         while True:
             try:
-                await source.function(Publish(source.name, self.runtime, write, None, keeps=False, atomic=False))
+                await source.run(Publish(source, group, self.runtime, write, None, keeps=False, atomic=False))
                 return
             except Exception:
                 log.exception("source %s failed; again in %.3g s", source.name, wait)
@@ -280,6 +314,7 @@ class Program:
         parts += [f"timer {timer.name}" for timer, _ in group.timers]
         parts += [f"source {source.name}" for source in group.sources]
         extras = [f"concurrency {group.concurrency}"] if group.handlers else []
+        extras += [f"priority {group.priority}"] if group.priority else []
         extras += ["unordered"] if group.ordering == "none" else []
         extras += ["broadcast"] if group.broadcast else []
         extras += ["single"] if group.single else []

@@ -42,12 +42,7 @@ class Retry:
         if not 0 <= self.jitter < 1:
             raise DefinitionError(f"Retry: jitter must be from 0 up to 1, not {self.jitter!r}")
         for name in ("only", "never"):
-            value = getattr(self, name)
-            if isinstance(value, type):
-                value = (value,)
-            if not isinstance(value, tuple) or not all(map(_is_error, value)):
-                raise DefinitionError(f"Retry: {name} must be a tuple of exception classes, not {value!r}")
-            object.__setattr__(self, name, value)
+            object.__setattr__(self, name, error_classes(getattr(self, name), f"Retry: {name}"))
         object.__setattr__(self, "_first", seconds(self.first, "Retry: first"))
         object.__setattr__(self, "_longest", seconds(self.longest, "Retry: longest"))
 
@@ -64,6 +59,15 @@ class Retry:
         if self.only and not isinstance(error, self.only):
             return True
         return self.attempts is not None and attempt >= self.attempts
+
+
+def error_classes(value: Any, what: str) -> Errors:
+    """Exception classes as a tuple; a single one may be given alone. Raises DefinitionError."""
+    if isinstance(value, type):
+        value = (value,)
+    if not isinstance(value, tuple) or not all(map(_is_error, value)):
+        raise DefinitionError(f"{what} must be a tuple of exception classes, not {value!r}")
+    return value
 
 
 def _is_error(value: Any) -> bool:

@@ -7,7 +7,8 @@ import logging
 import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, nullcontext
-from typing import TYPE_CHECKING
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
 
 from stentor.errors import ConfigError
 
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("stentor.http")
 BACKLOG = 2048
+FRAME = 1024 * 1024
+"""Bytes of a WebSocket message at most."""
 
 
 @asynccontextmanager
@@ -33,8 +36,10 @@ async def serve(app: App, address: str, *, grace: int = 10) -> AsyncIterator[str
     except ImportError:
         raise ConfigError("serving HTTP needs uvicorn: pip install 'stentor[http]'") from None
     listener = _listen(address)
+    asgi = app.asgi
+    sockets: Any = "websockets-sansio" if find_spec("websockets") else "none"
     config = uvicorn.Config(
-        app.asgi, lifespan="off", ws="none", log_config=None, access_log=False, server_header=False,
+        asgi, lifespan="off", ws=sockets, ws_max_size=FRAME, log_config=None, access_log=False, server_header=False,
         timeout_graceful_shutdown=grace,
     )  # fmt: skip
     ready = asyncio.get_running_loop().create_future()
@@ -57,6 +62,7 @@ async def serve(app: App, address: str, *, grace: int = 10) -> AsyncIterator[str
         log.info("%s listens on %s", app.name, url)
         yield url
     finally:
+        asgi.close()
         server.should_exit = True
         try:
             await asyncio.shield(task)

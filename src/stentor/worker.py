@@ -8,11 +8,13 @@ broker sees only acks and a waiting key blocks nobody; ``Parking`` brings it bac
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 
-from stentor.batches import run_batch
+from stentor.batches import arm, run_batch
+from stentor.breaker import Circuit
 from stentor.broker import Broker, Consumer
 from stentor.catalog import Catalog
 from stentor.clock import Clock
@@ -23,20 +25,26 @@ from stentor.context import (
     RetryLater,
     Runtime,
     current,
-    decode_progress,
     encode_progress,
     private,
 )
 from stentor.errors import LeaseLost, NewerVersion, StentorError, Undecodable
 from stentor.handler import ThreadStillRuns
-from stentor.lanes import Lane, Share, Try, offset_of, split_stored
-from stentor.message import Delivery, ErrorRecord, Failure, Message, Outcome, Partition, Settlement
+from stentor.lanes import Lane, Share, Try
+from stentor.limiter import Limiter
+from stentor.message import Delivery, Failure, Message, Outcome, Partition, Settlement
+from stentor.meter import Meter
 from stentor.parking import ERRORS_KEPT, Parking
-from stentor.plan import Counts, Duties, Plan, Route
+from stentor.plan import Counts, Duties, Hold, Plan, Route
+from stentor.priority import ALONE, Turn
+from stentor.rate import Pace, learn
 
 FETCH = 256
 WINDOW = 1024
 WINDOW_BYTES = 64 * 1024 * 1024
+PAUSE = 0.01
+"""Seconds between two batches of few plain acks: each is a write to disk that all members read, and nobody waits."""
+FEW = 64
 After = Callable[[StentorError | None], None]
 
 
@@ -53,16 +61,19 @@ class Worker:
         """Why the worker stopped by itself, if it did."""
         self.trouble: str | None = None
         """What keeps it from working now, in one line."""
+        self.hold = Hold(clock, self.poke)
         self._broker = broker
         self.catalog = catalog
         self.clock = clock
         self.log = logging.getLogger(f"stentor.worker.{plan.name}")
         self.consumer: Consumer
+        self.meter: Meter
         self.shares: dict[Partition, Share] = {}
-        self._ready: deque[Lane | Route] = deque()
+        self.ready: deque[Lane | Route] = deque()
         self.runners: dict[asyncio.Task[None], Lane | None] = {}
         self._idle: list[asyncio.Future[None]] = []
         self._poking = False
+        self._resting = 0
         self._batches = any(r.handler.batch is not None for r in [*plan.routes.values(), *plan.topics.values()])
         self._batch: list[tuple[Settlement, After | None]] = []
         self._settling: list[tuple[Settlement, After | None]] = []
@@ -70,9 +81,20 @@ class Worker:
         self._inflight = 0
         self._bytes = 0
         self.running = 0
+        self.limiter: Limiter | None = None
+        self.pace = Pace(self, plan.rate, plan.key_rate) if plan.rate or plan.key_rate else None
+        self.circuit = Circuit(self, plan.breaker) if plan.breaker is not None else None
+        self.most = plan.concurrency
+        """Handlers that may run at once, now."""
+        self.turn: Turn | None = None
+        """Where groups of a higher priority run in this process: whether it may begin now."""
+        self.spell = ALONE
+        """Handlers of one runner between two turns of the event loop, less one a power of two."""
         self.stopping = False
         self._room: asyncio.Future[None] | None = None
-        self._settle_wake: asyncio.Future[None] | None = None
+        self._ended = asyncio.Event()
+        self._awaited = asyncio.Event()
+        """What is to be settled should not wait for more."""
         self._quiet: asyncio.Future[None] | None = None
         self._tasks: list[asyncio.Task[None]] = []
 
@@ -80,11 +102,16 @@ class Worker:
 
     async def start(self) -> None:
         self.loop = asyncio.get_running_loop()
+        self.meter = Meter(self.clock, self.loop.time)
+        if self.plan.auto:
+            self.limiter = Limiter(self.loop.time)
+            self.most = self.limiter.limit
         self.consumer = await self._broker.subscribe(self.plan.subscription, self)
         for name, run in (("fetch", self._fetch), ("settle", self._settle), ("tick", self._tick)):
-            task = asyncio.create_task(self._guard(run), name=f"stentor {name} {self.plan.name}")
-            self._tasks.append(task)
+            self._tasks.append(asyncio.create_task(self._guard(run), name=f"stentor {name} {self.plan.name}"))
         await self.consumer.start()
+        if self.pace is not None:
+            await self.pace.share(self._broker)
 
     async def _guard(self, run: Callable[[], Awaitable[None]]) -> None:
         try:
@@ -99,6 +126,7 @@ class Worker:
     async def stop(self, grace: float) -> None:
         """Stop intake, let what runs end within ``grace`` seconds, give the rest back."""
         self.stopping = True
+        self._awaited.set()
         if not self._tasks:
             return
         fetch, settle, tick = self._tasks
@@ -109,7 +137,7 @@ class Worker:
         for duty in duties:
             duty.cancel()
         await asyncio.gather(*duties, *self.parking.loads, return_exceptions=True)
-        self._ready.clear()
+        self.ready.clear()
         await self._until_quiet(grace)
         if self.running:
             self.log.warning("%s: %d handlers did not end within the grace period", self.plan.name, self.running)
@@ -139,15 +167,16 @@ class Worker:
                 return
 
     def note_quiet(self) -> None:
-        if self._quiet is not None and not (self.running or self._batch or self._settling):
-            if not self._quiet.done():
-                self._quiet.set_result(None)
-            self._quiet = None
+        if not (self.running or self._batch or self._settling):
+            quiet, self._quiet = self._quiet, None
+            if quiet is not None and not quiet.done():
+                quiet.set_result(None)
 
     @property
     def busy(self) -> bool:
         """Whether anything is runnable now (retries that wait for their time are not)."""
-        return bool(self._ready or self.running or self._batch or self._settling or self.parking.loads)
+        ready = self.ready and self.hold.reason is None and self.most
+        return bool(ready or self.running or self.unsettled or self.parking.loads)
 
     @property
     def unsettled(self) -> bool:
@@ -162,33 +191,7 @@ class Worker:
 
     async def assigned(self, partitions: Sequence[Partition]) -> None:
         for partition in partitions:
-            share = Share(partition)
-            names = await self.consumer.names(partition)
-            lanes: dict[str, list[str]] = {}
-            for name in names:
-                if name.startswith("q/"):
-                    place, key = split_stored(name)
-                    lanes.setdefault(f"\0{place}" if key is None else key, []).append(name)
-            opened = [name for name in names if name.startswith("a/")]
-            held = {name[2:] for name in names if name.startswith("k/")}
-            starts = await self.consumer.read(partition, opened) if opened else {}
-            for name, value in starts.items():
-                place = name[2:]
-                share.tries[offset_of(place)] = Try(place, starts=int(value))
-            for name in names:
-                if name.startswith("p/"):
-                    share.tries.setdefault(offset_of(name[2:]), Try(name[2:]))
-            self.shares[partition] = share
-            for key, stored in lanes.items():
-                lane = Lane(share, None if key[0] == "\0" else key, None)
-                lane.stored = deque(sorted(stored))
-                self.parking.keep(lane)
-                lane.held = key in held
-            for key in held - set(lanes):
-                lane = share.lanes[key] = Lane(share, key, None)
-                lane.held = True
-            for lane in [*share.lanes.values(), *share.anonymous]:
-                self.parking.proceed(lane)
+            share = self.shares[partition] = await self.parking.restore(partition)
             duty = self.plan.duties.get(partition.topic)
             if duty is not None and partition.index == 0:
                 share.duties.append(asyncio.create_task(Duties(self, partition).keep(duty)))
@@ -206,6 +209,7 @@ class Worker:
             share.idle = self.loop.create_future()
             waits.append(share.idle)  # type: ignore[arg-type]
         self._revoking += 1
+        self._awaited.set()
         try:
             self.note_shares()
             await asyncio.gather(*waits, return_exceptions=True)
@@ -230,7 +234,7 @@ class Worker:
             left = self._inflight - share.inflight
             self._bytes = self._bytes * left // self._inflight if left else 0
             self._inflight = left
-            share.inflight = 0
+            share.flying.clear()
             if share.idle is not None and not share.idle.done():
                 share.idle.set_result(None)
             self._make_room()
@@ -249,6 +253,7 @@ class Worker:
 
     async def _fetch(self) -> None:
         while not self.stopping:
+            await self.hold.over()
             room = min(FETCH, WINDOW - self._inflight)
             if room <= 0 or self._bytes > WINDOW_BYTES:
                 self._room = self.loop.create_future()
@@ -281,8 +286,9 @@ class Worker:
         if share is None or share.gone:
             return
         message = delivery.message
-        share.inflight += 1
-        self._inflight += 1
+        if delivery.offset not in share.flying:
+            share.flying.add(delivery.offset)
+            self._inflight += 1
         self._bytes += len(message.data)
         if message.type not in self.plan.routes and message.topic not in self.plan.topics:
             self.counts.skipped += 1
@@ -310,39 +316,16 @@ class Worker:
 
     def make_ready(self, lane: Lane) -> None:
         assert lane.head is not None
-        route = self.route(lane.head.message) if self._batches else None
+        route = self.plan.route(lane.head.message) if self._batches else None
         if route is None or route.handler.batch is None:
-            self._ready.append(lane)
+            self.ready.append(lane)
             return
         route.pending.append(lane)
-        self.arm(route)
-
-    def arm(self, route: Route) -> None:
-        """Let a runner take the next batch: at once when it is full or need not wait, else after its wait."""
-        batch = route.handler.batch
-        if batch is None or route.armed or not route.pending:
-            return
-        if batch.wait == 0 or len(route.pending) >= batch.size:
-            route.armed = True
-            self._ready.append(route)
-        elif not route.waiting:
-            route.waiting = True
-
-            def due() -> None:
-                route.waiting = False
-                if route.pending and not route.armed:
-                    route.armed = True
-                    self._ready.append(route)
-                    self.poke()
-
-            self.clock.call_later(batch.wait, due)
-
-    def route(self, message: Message) -> Route | None:
-        return self.plan.routes.get(message.type) or self.plan.topics.get(message.topic)
+        arm(self, route)
 
     def _unclog(self) -> None:
         """The window is full: move events that wait behind a running one to the journal, so that other keys go on."""
-        if self._ready or self.running >= self.plan.concurrency:
+        if self.ready or self.running >= self.most:
             return
         for share in list(self.shares.values()):
             for lane in share.lanes.values():
@@ -350,29 +333,30 @@ class Worker:
                     self.parking.store_all(lane)
 
     def _make_room(self) -> None:
-        if self._room is not None:
-            if not self._room.done():
-                self._room.set_result(None)
-            self._room = None
+        room, self._room = self._room, None
+        if room is not None and not room.done():
+            room.set_result(None)
 
     # ---- runners ------------------------------------------------------------------------------------------------
 
     def poke(self) -> None:
         """See at the next turn of the loop whether another runner is needed: only if one suspended with work left."""
-        if not self._poking and self._ready:
+        if not self._poking and self.ready:
             self._poking = True
             self.loop.call_soon(self._wake_runner)
 
     def _wake_runner(self) -> None:
         self._poking = False
-        if not self._ready or self.stopping:
+        if not self.ready or self.stopping or self.hold.reason is not None or self.running >= self.most:
+            return
+        if self._resting:  # it goes on by itself; one more each time would make the turns of the loop long
             return
         while self._idle:
             idle = self._idle.pop()
             if not idle.done():
                 idle.set_result(None)
                 return
-        if len(self.runners) < self.plan.concurrency:
+        if len(self.runners) < self.most:
             task = asyncio.create_task(self._run(), name=f"stentor runner {self.plan.name}")
             self.runners[task] = None
             task.add_done_callback(self._runner_ended)
@@ -390,21 +374,28 @@ class Worker:
         """A runner: takes ready lanes and runs their heads, one after the other."""
         task = asyncio.current_task()
         assert task is not None
-        ready = self._ready
+        ready, meter, hold, consumer, now = self.ready, self.meter, self.hold, self.consumer, self.loop.time
         turn = 0
         while True:
-            if not ready:
+            may = self.turn is None or self.turn.mine()
+            if not may or not ready or hold.reason is not None or self.running >= self.most:
                 idle = self.loop.create_future()
                 self._idle.append(idle)
                 await idle
                 turn = 0
                 continue
+            turn += 1
+            if turn & self.spell == 0:
+                self._resting += 1
+                await asyncio.sleep(0)  # with nothing in hand: a lane that is neither ready nor done counts as stuck
+                self._resting -= 1
+                continue
+            if now() > consumer.until:
+                await consumer.sure()
+                continue
             entry = ready.popleft()
             if ready and not self._poking:
                 self.poke()
-            turn += 1
-            if turn & 127 == 0:
-                await asyncio.sleep(0)
             if self.stopping:
                 continue
             if type(entry) is Route:
@@ -413,7 +404,7 @@ class Worker:
             lane: Lane = entry  # type: ignore[assignment]
             share = lane.share
             delivery = lane.head
-            if share.gone or delivery is None:
+            if share.gone or delivery is None or (self.pace is not None and not self.pace.begin(lane)):
                 continue
             lane.busy = True
             share.running += 1
@@ -424,7 +415,7 @@ class Worker:
             route = self.plan.routes.get(message.type) or self.plan.topics[message.topic]
             context: Context | None = None
             try:
-                if attempt is not None and not await self.begin(lane, route, delivery, attempt):
+                if attempt is not None and not await self.parking.begin(lane, route, delivery, attempt):
                     continue
                 lane.since = self.loop.time()
                 event = private(message) if route.spec is None else self.catalog.read(route.spec, message)
@@ -449,6 +440,13 @@ class Worker:
                             result = await route.invoke(event, context)
                 finally:
                     current.reset(token)
+                    meter.left -= 1
+                    if meter.left <= 0:
+                        meter.took(lane.since, message)
+                if self.limiter is not None:
+                    learn(self, self.limiter, lane)
+                if self.circuit is not None:
+                    self.circuit.worked()
                 if result is not None:
                     context.add(result)
                 self.counts.handled += 1
@@ -466,6 +464,8 @@ class Worker:
                 if isinstance(error, (KeyboardInterrupt, SystemExit)):
                     self.release(lane)
                     raise
+                if self.limiter is not None and isinstance(error, TimeoutError):
+                    learn(self, self.limiter, lane)
                 if isinstance(error, TimeoutError) and not error.args and route.handler.timeout is not None:
                     error = TimeoutError(f"no end within {route.handler.timeout:g} s")
                 self.failed(lane, route, delivery, error)
@@ -476,29 +476,6 @@ class Worker:
                 if share.gone or self.stopping:
                     self.note_shares()
                     self.note_quiet()
-
-    async def begin(self, lane: Lane, route: Route, delivery: Delivery, attempt: Try) -> bool:
-        """Record the start of a delivery that was seen before; False if it is dead by the starts nobody saw end."""
-        limit = route.handler.retry.attempts
-        if limit is not None and attempt.before >= limit:
-            died = RuntimeError("the worker died while this event was handled")
-            self.parking.die(lane, delivery, died, "attempts", attempt.before)
-            return False
-        done = self.loop.create_future()
-        record: dict[str, bytes | None] = {f"a/{attempt.name}": str(attempt.starts + 1).encode()}
-        self.add(
-            Settlement(lane.share.partition, delivery.offset, Outcome.NONE, (), record),
-            lambda error: None if done.done() else done.set_result(error),
-        )
-        error = await done
-        if error is not None:
-            lane.busy = False
-            return False
-        attempt.started = True
-        name = f"p/{attempt.name}"
-        value = (await self.consumer.read(lane.share.partition, [name])).get(name)
-        attempt.state = None if value is None else decode_progress(value).state
-        return True
 
     async def progress(self, delivery: Delivery, progress: Progress) -> None:
         """Journal how far a handler has come; called by its Context."""
@@ -513,8 +490,7 @@ class Worker:
         lane.busy = False
         attempt = None if lane.head is None else lane.share.tries.get(lane.head.offset)
         if attempt is not None and attempt.started:
-            value = str(attempt.starts).encode() if attempt.starts else None
-            record = {f"a/{attempt.name}": value}
+            record = {f"a/{attempt.name}": str(attempt.starts).encode() if attempt.starts else None}
             self.add(Settlement(lane.share.partition, 0, Outcome.NONE, (), record), None)
 
     # ---- ends of a delivery -------------------------------------------------------------------------------------
@@ -542,7 +518,7 @@ class Worker:
                     if attempt is not None:
                         share.tries[delivery.offset] = attempt
                     self.counts.handled -= 1
-                    route = self.route(delivery.message)
+                    route = self.plan.route(delivery.message)
                     assert route is not None
                     self.failed(lane, route, delivery, error)
 
@@ -571,9 +547,10 @@ class Worker:
         if isinstance(error, RetryLater):
             after = retry.wait(count) if error.after is None else error.after
             if error.count and retry.attempts is not None and count >= retry.attempts:
-                self.parking.die(lane, delivery, RuntimeError("ctx.retry at the last attempt"), "attempts", count)
+                last = error.__cause__ or RuntimeError("ctx.retry at the last attempt")
+                self.parking.die(lane, delivery, last, "attempts", count)
             else:
-                self._retry(lane, delivery, attempt, after, None, counts=error.count)
+                self._retry(lane, delivery, attempt, after, error.__cause__, counts=error.count)
         elif isinstance(error, Dead):
             self.parking.die(lane, delivery, error, error.reason, count)
         elif isinstance(error, NewerVersion) and route.spec is not None and route.spec.newer != "dead":
@@ -581,6 +558,8 @@ class Worker:
             self.parking.park(lane, delivery, attempt, waits=True)
         elif isinstance(error, Undecodable):
             self.parking.die(lane, delivery, error, "undecodable", count)
+        elif self.circuit is not None and (away := self.circuit.failed(error)) is not None:
+            self._retry(lane, delivery, attempt, away, error, counts=False)
         elif retry.gives_up(error, count):
             reason = "attempts" if retry.attempts is not None and count >= retry.attempts else "never"
             self.parking.die(lane, delivery, error, reason, count)
@@ -591,7 +570,7 @@ class Worker:
                 "%s: attempt %d of %s failed, again in %.3g s: %s: %s",
                 self.plan.name, count, delivery.message.id, wait, type(error).__name__, error,
             )  # fmt: skip
-            self._retry(lane, delivery, attempt, wait, self.parking.record(error), counts=True)
+            self._retry(lane, delivery, attempt, wait, error, counts=True)
 
     def _retry(
         self,
@@ -599,7 +578,7 @@ class Worker:
         delivery: Delivery,
         attempt: Try | None,
         wait: float,
-        error: ErrorRecord | None,
+        error: BaseException | None,
         *,
         counts: bool,
     ) -> None:
@@ -608,29 +587,38 @@ class Worker:
             attempt = lane.share.tries[delivery.offset] = Try(f"{delivery.offset:020d}")
         attempt.failures = attempt.before + (1 if counts else 0)
         if error is not None:
-            attempt.errors = [*attempt.errors, error][-ERRORS_KEPT:]
+            attempt.errors = [*attempt.errors, self.parking.record(error)][-ERRORS_KEPT:]
         self.parking.park(lane, delivery, attempt, due=self.clock.now() + wait)
 
     # ---- settling -----------------------------------------------------------------------------------------------
 
     def add(self, settlement: Settlement, after: After | None) -> None:
         self._batch.append((settlement, after))
-        if self._settle_wake is not None:
-            if not self._settle_wake.done():
-                self._settle_wake.set_result(None)
-            self._settle_wake = None
+        self._ended.set()
+        if after is not None or settlement.records or len(self._batch) >= FEW or self.stopping or self._revoking:
+            self._awaited.set()
 
     async def _settle(self) -> None:
         """Settle whatever has ended since the last batch."""
+        pause = PAUSE if self._broker.features.shared else 0.0
+        rested = 0.0
         while True:
             if not self._batch:
                 self.note_shares()
                 self.note_quiet()
-                self._settle_wake = self.loop.create_future()
-                await self._settle_wake
+                self._ended.clear()
+                await self._ended.wait()
+            if (rest := rested - self.loop.time()) > 0 and not self._awaited.is_set():
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(rest):
+                        await self._awaited.wait()
+            rested = self.loop.time() + pause
+            self._awaited.clear()
             batch = self._settling = self._batch
             self._batch = []
+            began = self.loop.time()
             failures = await self._settled([settlement for settlement, _ in batch])
+            self.meter.settle(self.loop.time() - began, len(batch))
             before = self._inflight
             failed = {id(failure.settlement): failure.error for failure in failures} if failures else {}
             refused: list[tuple[Settlement, After | None]] = []
@@ -641,8 +629,8 @@ class Worker:
                     continue
                 if settlement.outcome is Outcome.ACK and (error is None or isinstance(error, LeaseLost)):
                     share = self.shares.get(settlement.partition)
-                    if share is not None:
-                        share.inflight -= 1
+                    if share is not None and settlement.offset in share.flying:
+                        share.flying.remove(settlement.offset)
                         self._inflight -= 1
                 if isinstance(error, LeaseLost):
                     self.counts.refused += 1
@@ -695,5 +683,8 @@ class Worker:
             except StentorError as error:
                 self.log.warning("%s: cannot apply marks: %s", self.group, error)
             self.parking.escape()
+            self.meter.tick(self.counts.handled + self.counts.retried + self.counts.dead)
             if self._room is not None:
                 self._unclog()
+            if self.pace is not None:
+                await self.pace.share(self._broker)

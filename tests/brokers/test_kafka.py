@@ -2,39 +2,38 @@
 
 import asyncio
 import logging
-from collections.abc import Iterator
+import signal
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
 import pytest
+from confluent_kafka import KafkaError
 
 import servers
 from servers.kafka import Kafka
 from servers.tls import PASSWORD, USER
+from stentor.broker import Broker
+from stentor.brokers.kafka import KafkaBroker
 from stentor.connect import connect
-from stentor.errors import AuthenticationFailed, ConfigError, Unavailable
+from stentor.errors import AuthenticationFailed, ConfigError, Unavailable, UnknownTopic
 from stentor.event import Topic
 from stentor.message import Message
 from stentor.testing.conformance import Rules  # noqa: F401  first: it has asserts rewritten
 from stentor.testing.conformance.fleet import Fleet
-from tests.faults import Proxy, Report, ServerFaults
+from stentor.testing.conformance.program import Act
+from stentor.testing.conformance.stage import Stage, until
+from tests.faults import Proxy, Report, ServerFaults, ServerScene
 from tests.real import fresh, server_url
 
 pytestmark = [pytest.mark.server, pytest.mark.slow]
 
 
-KEPT = {"test_r10_rolling_restart", "test_r11_cut_connections"}
-
-
 class TestKafkaServer(ServerFaults):
     name = "kafka"
     options = {"lease": 1, "beat": 0.25}  # noqa: RUF012
-
-    @pytest.fixture(autouse=True)
-    def kept(self, request: pytest.FixtureRequest) -> None:
-        if request.function.__name__ not in KEPT:
-            pytest.skip("not shown to be kept on Kafka yet, see docs/brokers/kafka.md")
 
     @pytest.fixture
     def proxy(self, server: servers.Server) -> Iterator[Proxy]:
@@ -47,26 +46,80 @@ class TestKafkaServer(ServerFaults):
         return f"kafka://127.0.0.1:{proxy.port}?{url.partition('?')[2]}"
 
 
-class TestKafkaNodes(ServerFaults):
+class TestKafkaNodes(ServerScene):
     """Three nodes with three copies of everything, two of which confirm."""
 
     name = "kafka3"
     options = {"lease": 1, "beat": 0.25}  # noqa: RUF012
 
-    @pytest.fixture(autouse=True)
-    def kept(self) -> None:
-        pytest.skip("not shown to be kept on Kafka yet, see docs/brokers/kafka.md")
+    @asynccontextmanager
+    async def lost(
+        self, server: servers.Server, *nodes: int, sign: signal.Signals = signal.SIGKILL
+    ) -> AsyncIterator[None]:
+        """Nodes are killed or stopped, and started again at the end."""
+        assert isinstance(server, Kafka)
+        await asyncio.gather(*(asyncio.to_thread(server.end_node, node, sign) for node in nodes))
+        try:
+            yield
+        finally:
+            await asyncio.gather(*(asyncio.to_thread(server.start_node, node) for node in nodes))
+
+    async def leader(self, broker: KafkaBroker, topic: str) -> int:
+        """The node that leads a topic of one partition, counted from 0."""
+        found: int = (await broker._metadata(10, topic)).topics[topic].partitions[0].leader
+        return found - 1
+
+    async def all_in_step(self, broker: KafkaBroker) -> bool:
+        return "in step" not in {finding.check for finding in await self.patient(broker.review)}
+
+    async def well(self, broker: Broker) -> bool:
+        return await broker.health() is None
 
     async def test_r02_a_node_is_lost(self, fleet: Fleet, server: servers.Server, report: Report) -> None:
-        """One of three nodes is killed under load and comes back, then another."""
-        assert isinstance(server, servers.find("kafka3"))
-        nodes: Any = server
+        """Killed, then another stopped in order: all goes on, also what is started meanwhile; they come back."""
+        broker = fleet.stage.broker
+        assert isinstance(broker, KafkaBroker)
         async with self.under_load(fleet, report) as load:
-            for node in (0, 1):
-                await asyncio.to_thread(nodes.kill_node, node)
+            for topic, sign in (("stentor.state.0", signal.SIGKILL), ("stentor.leases", signal.SIGTERM)):
+                async with self.lost(server, await self.leader(broker, broker.prefix + topic), sign=sign):
+                    await fleet.start(acts=[Act(do="sleep", seconds=0.002)], makes=True)
+                    await load.goes_on(self.patience)
+                    await until(lambda: self.well(broker), "two of three are enough", self.patience)
+                    assert not await self.all_in_step(broker)
+                await until(lambda: self.all_in_step(broker), "the node is in step again", self.patience)
                 await load.goes_on(self.patience)
-                await asyncio.to_thread(nodes.start_node, node)
-                await load.goes_on(self.patience)
+
+    async def test_r01_two_nodes_are_lost(self, fleet: Fleet, server: servers.Server, report: Report) -> None:
+        """One copy is not enough: nothing is confirmed and health says so, until they are back."""
+        broker = fleet.stage.broker
+        async with self.under_load(fleet, report) as load:
+            async with self.lost(server, 1, 2):
+                before = load.refused.total()
+                await until(lambda: load.refused.total() > before, "what is published is refused", self.patience)
+                confirmed = len(fleet.published)
+                await until(broker.health, "health knows", self.patience)
+                assert len(fleet.published) == confirmed
+            await load.goes_on(self.patience)
+            await until(lambda: self.well(broker), "health knows", self.patience)
+
+    async def test_r11_what_is_asked_as_a_node_dies(self, stage: Stage, server: servers.Server) -> None:
+        """Clients still take it for a leader and are told so: what they ask is answered once another leads."""
+        broker = stage.broker
+        assert isinstance(broker, KafkaBroker)
+        await broker.declare([Topic("t", partitions=3)], [])
+        await stage.send(*[message(str(n)) for n in range(30)])
+        stored = broker.prefix + "t"
+        ends = await broker.bounds(stored, range(3))
+        first = next(iter((await broker._metadata(10)).brokers))
+        async with self.lost(server, first - 1):
+            other, found = await asyncio.gather(
+                self.patient(stage.another), self.patient(lambda: broker.bounds(stored, range(3)))
+            )
+            assert found == ends
+            assert other.features.durable == "replica"
+            await self.patient(lambda: other.declare([Topic("meanwhile", partitions=3)], []))
+            made = (await broker._metadata(10, f"{broker.prefix}meanwhile")).topics.popitem()[1]
+            assert {len(part.replicas) for part in made.partitions.values()} == {3}
 
 
 def message(id: str) -> Message:
@@ -136,3 +189,75 @@ async def test_another_number_of_partitions_is_refused(tmp_path_factory: pytest.
             await broker.make_topic(broker.prefix + "t", 2)
     finally:
         await broker.close()
+
+
+async def test_a_topic_is_found_that_was_missing_before(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """The client library remembers for minutes that there is none, behind what it remembers for longer."""
+    url = fresh(server_url("kafka", tmp_path_factory))
+    first: Any = connect(url)
+    second: Any = connect(url)
+    await first.open()
+    await second.open()
+    try:
+        topic = first.prefix + "late"
+        with pytest.raises(UnknownTopic):
+            await first.bounds(topic, [0])
+        await second.make(topic)
+        assert await first.bounds(topic, [0]) == [(0, 0)]
+    finally:
+        await second.close()
+        await first.close()
+
+
+async def test_events_that_come_during_a_look_for_a_time_are_not_before_it(
+    tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The server is asked twice; what is taken for earlier is trimmed, and a group that begins there never sees it."""
+    broker: Any = connect(fresh(server_url("kafka", tmp_path_factory), partitions=1))
+    await broker.open()
+    offsets, one_by_one = broker._offsets, asyncio.Lock()
+
+    async def slowly(*asked: Any) -> Any:
+        async with one_by_one:
+            found = await offsets(*asked)
+            await broker.publish([message(str(found))])
+            return found
+
+    try:
+        await broker.declare([Topic("t")], [])
+        monkeypatch.setattr(broker, "_offsets", slowly)
+        assert await broker.find((await broker.topic("t")).stored, [0], 0.0) == [0]
+    finally:
+        await broker.close()
+
+
+async def test_what_a_producer_that_ended_had_sent_is_told(tmp_path: Path) -> None:
+    """A producer ends with the first message that is given up; what was under way behind it hears of that too."""
+    kind = servers.find("kafka")
+    kind.install()
+    with kind(tmp_path) as server:
+        assert isinstance(server, Kafka)
+        with Proxy(server.behind, server.front) as proxy:
+            broker: Any = connect(f"kafka://127.0.0.1:{proxy.port}")
+            await broker.open()
+            try:
+                await broker.make("t")
+                sender = broker.data
+                assert await sender.send([("t", 0, b"1", None)]) == [0]
+                proxy.blackhole()
+                sending = asyncio.create_task(sender.send([("t", 0, b"2", None)]))
+                await until(lambda: proxy.swallowed > 0, "it is under way")
+                ended = sender.producer
+                sender._renew(ended)
+                async with asyncio.timeout(5):
+                    [error] = await sending
+                assert isinstance(error, KafkaError)
+                # Nothing is stored behind what was given up: the rest of a send goes no other way.
+                told: list[KafkaError] = []
+                sender.produce(lambda error, _: told.append(error), "t", 0, behind=ended, value=b"x")
+                assert [error.code() for error in told] == [KafkaError._PURGE_QUEUE]
+                proxy.heal()
+                proxy.drop()
+                assert isinstance((await sender.send([("t", 0, b"3", None)]))[0], int)
+            finally:
+                await broker.close()

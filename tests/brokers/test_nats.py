@@ -19,7 +19,6 @@ pytestmark = [pytest.mark.server, pytest.mark.slow]
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 class TestNatsServer(ServerFaults):
     name = "nats"
-    options = {"lease": 1, "beat": 0.25}  # noqa: RUF012
 
 
 @pytest.fixture

@@ -5,8 +5,13 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 from urllib.parse import urlsplit
 
+import psycopg
 import pytest
 
+import servers
+from servers.postgresql import ACCOUNT, PostgreSQL
+from servers.tls import USER
+from stentor.broker import Broker
 from stentor.brokers.postgresql import PostgresBroker
 from stentor.brokers.postgresql_client import Connection
 from stentor.clock import SystemClock
@@ -14,7 +19,10 @@ from stentor.connect import BrokerUrl, connect
 from stentor.errors import AuthenticationFailed, ConfigError, StentorError, StorageUnusable, Unavailable
 from stentor.event import Topic
 from stentor.message import Message
-from tests.faults import Proxy, ServerFaults
+from stentor.testing.conformance import Rules  # noqa: F401  first: it has asserts rewritten
+from stentor.testing.conformance.fleet import Fleet
+from stentor.testing.conformance.stage import until
+from tests.faults import Proxy, Report, ServerFaults
 from tests.real import fresh, server_url
 
 pytestmark = [pytest.mark.server, pytest.mark.slow]
@@ -22,7 +30,35 @@ pytestmark = [pytest.mark.server, pytest.mark.slow]
 
 class TestPostgresqlServer(ServerFaults):
     name = "postgresql"
-    options = {"lease": 1, "beat": 0.25}  # noqa: RUF012
+
+    async def test_r11_no_connection_is_left(self, fleet: Fleet, server: servers.Server, report: Report) -> None:
+        """Under load all connections end and the limit is full: health says why, and all goes on when it is not."""
+        assert isinstance(server, PostgreSQL)
+        superuser = await psycopg.AsyncConnection.connect(
+            host="127.0.0.1", port=server.port, user=ACCOUNT, dbname="postgres", autocommit=True
+        )
+        broker = fleet.stage.broker
+        try:
+            async with self.under_load(fleet, report) as load:
+                await superuser.execute(f"ALTER ROLE {USER} CONNECTION LIMIT 0".encode())
+                await superuser.execute(
+                    "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE usename = %s", (USER,)
+                )
+                try:
+                    await until(lambda: said(broker, "too many connections"), "health says why", self.patience)
+                    with pytest.raises(Unavailable, match="too many connections"):
+                        await connect(self.url_of(server)).open()
+                    await asyncio.sleep(self.outage)  # how long the fault lasts
+                finally:
+                    await superuser.execute(f"ALTER ROLE {USER} CONNECTION LIMIT -1".encode())
+                await load.goes_on(self.patience)
+        finally:
+            await superuser.close()
+
+
+async def said(broker: Broker, text: str) -> bool:
+    """Whether a broker's health tells of something."""
+    return text in (await broker.health() or "")
 
 
 @pytest.fixture

@@ -9,7 +9,8 @@ import pytest
 import servers
 from servers.rabbitmq import RabbitMQ
 from servers.tls import PASSWORD
-from stentor.brokers.rabbitmq import RabbitMQBroker
+from stentor.brokers.rabbitmq import RabbitMQBroker, _failure
+from stentor.brokers.rabbitmq_wire import Refused
 from stentor.connect import connect
 from stentor.errors import AuthenticationFailed, ConfigError, PublishUnknown, Unavailable
 from stentor.event import Topic
@@ -23,7 +24,6 @@ pytestmark = [pytest.mark.server, pytest.mark.slow]
 
 class TestRabbitMQServer(ServerFaults):
     name = "rabbitmq"
-    options = {"lease": 1, "beat": 0.25}  # noqa: RUF012
 
 
 @pytest.fixture
@@ -108,6 +108,18 @@ async def test_a_topic_that_was_left_half_made(plain: str, made: list[str]) -> N
         assert set(await ids(broker)) == {str(n) for n in range(20)}
     finally:
         await broker.close()
+
+
+@pytest.mark.parametrize(
+    ("said", "means"),
+    [
+        ("PRECONDITION_FAILED - queue 't.0' in vhost '/' does not have a replica on the local node", Unavailable),
+        ("PRECONDITION_FAILED - inequivalent arg 'x-max-age' for queue 't.0' in vhost '/'", ConfigError),
+    ],
+)
+def test_a_stream_that_another_has_just_begun_to_make_is_waited_for(said: str, means: type[Exception]) -> None:
+    """Its process says so for a moment; other preconditions do not pass."""
+    assert type(_failure("amqp://", Refused(406, said))) is means
 
 
 async def test_large_and_many(plain: str) -> None:

@@ -45,7 +45,11 @@ class TestServers:
         assert len(found) >= 3
 
     @pytest.mark.parametrize(
-        ("kind", "check"), [("redis", "appendfsync"), ("kafka", "retention.ms"), ("rocketmq", "fileReservedTime")]
+        ("kind", "check"),
+        [
+            ("redis", "appendfsync"), ("kafka", "retention.ms"), ("rocketmq", "fileReservedTime"),
+            ("rocketmq", "cleanFileForciblyEnable"), ("nats", "retention"),
+        ],
     )  # fmt: skip
     async def test_a_weaker_setting_is_told(
         self, kind: str, check: str, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
@@ -86,12 +90,18 @@ async def kafka(broker: Any, weak: bool) -> None:
 
 
 async def rocketmq(broker: Any, weak: bool) -> None:
+    settings = f"fileReservedTime={72 if weak else 8760}\ncleanFileForciblyEnable={str(weak).lower()}\n"
     for _, address in await broker.masters():
-        await broker._call(address, 25, {}, f"fileReservedTime={72 if weak else 8760}\n".encode())
+        await broker._call(address, 25, {}, settings.encode())
+
+
+async def nats(broker: Any, weak: bool) -> None:
+    config = (await broker._info(f"{broker.prefix}orders"))["config"]
+    await broker.link.api(f"STREAM.UPDATE.{config['name']}", **(config | {"max_msgs": 1000 if weak else -1}))
 
 
 WEAKEN: dict[str, Callable[[Any, bool], Awaitable[None]]] = {
-    "redis": redis, "kafka": kafka, "rocketmq": rocketmq,
+    "redis": redis, "kafka": kafka, "rocketmq": rocketmq, "nats": nats,
 }  # fmt: skip
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
 from urllib.parse import quote
 
 import pytest
 
-from servers import free_port
+from servers import Server, free_port
+from servers.rocketmq import RocketMQ
 from servers.tls import PASSWORD
 from stentor import App, Event
 from stentor.connect import connect
@@ -21,15 +23,27 @@ pytestmark = [pytest.mark.server, pytest.mark.slow]
 
 class TestRocketMQServer(ServerFaults):
     name = "rocketmq"
-    options = {"lease": 1, "beat": 0.25, "partitions": 4}  # noqa: RUF012
+    options = ServerFaults.options | {"partitions": 4}
+    one_address = "the name server sends all clients to one address: no single one can be cut off"
 
-    @pytest.fixture(autouse=True)
-    def kept(self) -> None:
-        pytest.skip("faults of the server are not shown to be survived on RocketMQ yet, see docs/brokers/rocketmq.md")
+    @pytest.fixture(scope="class")
+    @classmethod
+    def fronted(cls, server: Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RocketMQ]:
+        """A second server, that sends its clients to an address where only the proxy listens."""
+        with RocketMQ(tmp_path_factory.mktemp("fronted"), front="127.0.0.2") as fronted:
+            yield fronted
 
     @pytest.fixture
-    def proxy(self) -> Proxy:
-        pytest.skip("RocketMQ's name server hands out the broker's own address, past the proxy")
+    def proxy(self, fronted: RocketMQ) -> Iterator[Proxy]:
+        with Proxy(fronted.broker_port, fronted.broker_port, fronted.front) as proxy:
+            yield proxy
+
+    @pytest.fixture
+    def broker_url(self, server: Server, request: pytest.FixtureRequest) -> str:
+        if "proxy" not in request.fixturenames:
+            return self.url_of(server)
+        request.getfixturevalue("proxy")  # it listens before anybody comes, whom the name server sends there
+        return self.url_of(request.getfixturevalue("fronted"))
 
 
 class Placed(Event, topic="orders.placed", key="order_id", type="test.placed"):

@@ -106,7 +106,7 @@ def test_workers_for_is_the_fewest() -> None:
     workers = workers_for(setup, 0.15)
     assert workers is not None
     for count, holds in ((workers, True), (workers - 1, False)):
-        found = answer(Setup(rate=1000, service=fitted(0.02, 1), concurrency=8, workers=count, partitions=64)).simulated
+        found = answer(Setup(rate=1000, service=fitted(0.02, 1), concurrency=8, workers=count)).simulated
         assert (found is not None and found["p99"] <= 0.15) == holds
     assert workers_for(setup, 0.01) is None  # one event alone takes longer
 

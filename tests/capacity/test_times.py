@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from stentor.capacity import Histogram, arrivals, fitted, recorded
-from stentor.capacity.histogram import ACCURACY
 from stentor.errors import DefinitionError
+from stentor.histogram import ACCURACY
 
 
 @pytest.mark.parametrize("cv", [0, 0.1, 0.5, 0.9, 1, 1.5, 2])

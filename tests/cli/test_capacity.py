@@ -48,7 +48,7 @@ def test_a_plot(shop: Stentor) -> None:
 @pytest.mark.parametrize(
     ("args", "code", "wrong"),
     [
-        ((), 2, "give --rate and --service, or a FILE"),
+        ((), 2, "give --rate and --service, a FILE"),
         (("--rate", "soon", "--service", "1s"), 2, "'soon' is no rate above 0"),
         (("--rate", "0", "--service", "1s"), 2, "'0' is no rate above 0"),
         (("--rate", "1/s", "--service", "0s"), 3, "a mean above 0"),

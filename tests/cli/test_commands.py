@@ -10,7 +10,8 @@ import pytest
 
 from stentor.cli.doctor import _file_system, _sqlite_version
 from stentor.cli.options import moment
-from stentor.cli.output import size, span
+from stentor.cli.output import size
+from stentor.observe.text import span
 from tests.cli.conftest import Stentor
 
 ADA = '{"customer": "ada", "number": 1}'

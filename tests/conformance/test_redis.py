@@ -4,6 +4,7 @@ import pytest
 
 from stentor.brokers import log
 from stentor.testing.conformance import Faults, Rules, Soak
+from stentor.testing.conformance.stage import LEASE
 from tests.real import fresh, server_url
 
 pytestmark = [pytest.mark.server, pytest.mark.slow]
@@ -16,7 +17,7 @@ class Redis:
 
     @pytest.fixture
     def broker_url(self, tmp_path_factory: pytest.TempPathFactory) -> str:
-        return fresh(server_url("redis", tmp_path_factory), lease=1, beat=0.25, partitions=4)
+        return fresh(server_url("redis", tmp_path_factory), lease=LEASE, beat=LEASE / 4, partitions=4)
 
 
 class TestRedis(Redis, Rules):

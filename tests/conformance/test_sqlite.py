@@ -6,6 +6,7 @@ import pytest
 
 from stentor.brokers import sqlite
 from stentor.testing.conformance import Faults, Rules, Soak
+from stentor.testing.conformance.stage import LEASE
 
 
 class Sqlite:
@@ -15,7 +16,7 @@ class Sqlite:
 
     @pytest.fixture
     def broker_url(self, tmp_path: Path) -> str:
-        return f"sqlite:///{tmp_path}/events.db?lease=1&beat=0.25"
+        return f"sqlite:///{tmp_path}/events.db?lease={LEASE}&beat={LEASE / 4}"
 
     @pytest.fixture
     def full_url(self, broker_url: str) -> str:

@@ -63,6 +63,14 @@ async def unknown_option(order: OrderPlaced) -> None: ...
 async def number(order: OrderPlaced) -> None: ...
 
 
+app.deliver(OrderPlaced)  # E
+app.deliver(OrderPlaced, to=8080)  # E
+app.deliver("orders", to="https://host/")  # E
+app.deliver(OrderPlaced, to="https://host/", timeout=30)  # E
+app.deliver(OrderPlaced, to="https://host/", where=lambda order: order.price > 1)  # E
+app.deliver(OrderPlaced, to="https://host/", retries=3)  # E
+
+
 @app.on(OrderPlaced)
 async def inside(order: OrderPlaced, ctx: Context, message: Message) -> None:
     print(order.price)  # E

@@ -20,6 +20,7 @@ from stentor import (
     event,
     on,
 )
+from stentor.sinks.http import Target
 from stentor.testing import context, harness
 
 
@@ -137,3 +138,10 @@ async def main() -> None:
 def script() -> None:
     with app.connected():
         app.publish_sync(OrderPlaced(order_id="a"))
+
+
+app.deliver(OrderPlaced, to="https://billing.example/events", secret="whsec_x", timeout="5s", retry=Retry(attempts=3))
+app.deliver(OrderPlaced, OrderCancelled, to="https://billing.example/events", where=lambda event: event.order_id != "")
+app.deliver(OrderPlaced, to=Target("https://billing.example/", mode="structured"), group=group, batch=Batch(50))
+app.deliver(topic="orders", to="https://billing.example/", where=lambda message: message.key is not None)
+app.subscriptions(OrderPlaced, allow=lambda headers: headers.get("x-client"), inside=("10.0.0.0/8",))

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import logging
 import threading
+import time
 from collections.abc import Callable
 from typing import Protocol
 
@@ -42,6 +43,9 @@ class Heartbeat:
         self.name = new_id()
         self.members: dict[str, str] = {}
         """By the name of a member: the id of its group."""
+        self.lapses = 0
+        """How often the lease had run out before it was renewed: others may have taken what was owned."""
+        self._beaten = time.monotonic()
         self._heart = heart
         self._lease = lease
         self._beat = beat
@@ -52,6 +56,11 @@ class Heartbeat:
         self._waiting: list[asyncio.Future[None]] = []
         self._thread = threading.Thread(target=self._run, name="stentor heartbeat", daemon=True)
         self._thread.start()
+
+    @property
+    def until(self) -> float:
+        """By ``time.monotonic``: when the lease runs out, as far as this process can tell."""
+        return self._beaten + self._lease
 
     async def now(self) -> None:
         """Beat at once; back when it is done."""
@@ -81,7 +90,10 @@ class Heartbeat:
             try:
                 if heart is None:
                     heart = self._heart()
+                began = time.monotonic()
                 heart.beat(self.name, msgspec.msgpack.encode(dict(self.members)), self._lease)
+                self.lapses += began - self._beaten > self._lease
+                self._beaten = began
                 if waiting:
                     with self._lock:
                         del self._waiting[: len(waiting)]

@@ -9,23 +9,26 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import logging
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import Future
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import msgspec
-from confluent_kafka import KafkaError, KafkaException, Producer, TopicPartition
-from confluent_kafka.admin import AdminClient, ConfigResource, NewTopic, OffsetSpec, ResourceType  # type: ignore[attr-defined]
+from confluent_kafka import OFFSET_INVALID, KafkaError, KafkaException, Producer, TopicPartition
+from confluent_kafka.admin import AdminClient, ConfigResource, NewTopic, OffsetSpec, ResourceType
 
 from stentor.broker import Features, Finding
 from stentor.brokers import findings
-from stentor.brokers.kafka_client import ASK_PATIENCE, KafkaFeed, Looker, Sender
+from stentor.brokers.kafka_client import ASK_PATIENCE, KafkaFeed, Looker, Sender, client_settings
 from stentor.brokers.log_state import LogStateBroker, encode_lease
 from stentor.brokers.logstore import Dropped
 from stentor.brokers.storage import Entry, Stored
+from stentor.brokers.trust import refused, refuses_certificate, trust
 from stentor.brokers.wire import CONTENT_TYPE, unpack
 from stentor.clock import Clock
 from stentor.connect import BrokerUrl
@@ -41,11 +44,12 @@ from stentor.errors import (
     UnknownTopic,
 )
 
+T = TypeVar("T")
 OPEN_PATIENCE = 5.0
 
 log = logging.getLogger("stentor.broker")
 
-_EARLIEST, _LATEST = OffsetSpec.earliest(), OffsetSpec.latest()  # type: ignore[no-untyped-call]
+_EARLIEST, _LATEST = OffsetSpec.earliest(), OffsetSpec.latest()
 _HEADERS = [("content-type", CONTENT_TYPE.encode())]
 
 _GONE = {KafkaError.UNKNOWN_TOPIC_OR_PART, KafkaError._UNKNOWN_TOPIC, KafkaError._UNKNOWN_PARTITION}
@@ -57,15 +61,8 @@ _FORBIDDEN = {
     KafkaError.TOPIC_AUTHORIZATION_FAILED, KafkaError.CLUSTER_AUTHORIZATION_FAILED,
     KafkaError.GROUP_AUTHORIZATION_FAILED,
 }  # fmt: skip
-_MOVING = {
-    KafkaError.NOT_LEADER_FOR_PARTITION, KafkaError.LEADER_NOT_AVAILABLE, KafkaError.FENCED_LEADER_EPOCH,
-    KafkaError.UNKNOWN_LEADER_EPOCH, KafkaError.OFFSET_NOT_AVAILABLE,
-}  # fmt: skip
+_NO_ANSWER = {KafkaError._TIMED_OUT, KafkaError.REQUEST_TIMED_OUT, KafkaError._TRANSPORT, KafkaError.NOT_CONTROLLER}
 _NOT_SENT = {KafkaError._PURGE_QUEUE, KafkaError.NOT_ENOUGH_REPLICAS}
-
-
-class _Moving(Unavailable):
-    """The partition is just getting a leader."""
 
 
 def _line(error: KafkaError) -> str:
@@ -85,7 +82,7 @@ def _failure(broker: object, error: KafkaError) -> StentorError:
         return StorageFull(text)
     if code in _FORBIDDEN:
         return BrokerError(text)
-    return (_Moving if code in _MOVING else Unavailable)(text)
+    return Unavailable(text)
 
 
 def _number(text: str) -> int:
@@ -106,27 +103,14 @@ class KafkaBroker(LogStateBroker):
 
     def __init__(self, url: BrokerUrl, clock: Clock) -> None:
         super().__init__(url, clock)
-        tls = url.option("tls", "") not in ("", "0")
-        ca, cert, key = (url.option(name, "") for name in ("ca", "cert", "key"))
-        self._sasl = url.option("sasl", "SCRAM-SHA-512")
+        self.tls = tls = trust(url, 9092)
         self._replicas = url.option("replicas", 0, _number)
         self._flush_each = url.option("flush", -1, int)
-        self._settings: dict[str, Any] = {
-            "bootstrap.servers": url.host, "client.id": "stentor", "log_level": 2, "reconnect.backoff.ms": 50,
-            "reconnect.backoff.max.ms": 1000, "socket.timeout.ms": 5_000, "socket.keepalive.enable": True,
-            "socket.nagle.disable": True, "topic.metadata.refresh.fast.interval.ms": 20,
-            "security.protocol": ("SASL_" if url.user else "") + ("SSL" if tls else "PLAINTEXT"),
-        }  # fmt: skip
-        if url.user:
-            self._settings |= {
-                "sasl.mechanism": self._sasl, "sasl.username": url.user, "sasl.password": url.password or "",
-            }  # fmt: skip
-        if tls:
-            named = {"ssl.ca.location": ca, "ssl.certificate.location": cert, "ssl.key.location": key}
-            self._settings |= {name: value for name, value in named.items() if value}
+        self._settings = client_settings(url, tls)
         self.features = Features(
-            name="kafka", durable="host", shared=True, atomic=False, dedupe=False, replay=True, cancel=True, browse=True
-        )
+            name="kafka", durable="host", shared=True, atomic=False, dedupe=False, replay=True, cancel=True,
+            browse=True, one_order=False,
+        )  # fmt: skip
         self._largest = self.features.max_bytes + 64 * 1024
         self._data: Sender | None = None
         self._state: Sender | None = None
@@ -180,7 +164,7 @@ class KafkaBroker(LogStateBroker):
             self._trouble = error
 
     def _make_admin(self) -> AdminClient:
-        return AdminClient({**self._settings, "error_cb": self._failed})  # type: ignore[dict-item]
+        return AdminClient({**self._settings, "error_cb": self._failed})
 
     async def _reach(self) -> None:
         """Until the server answers, or says that it will not. Raises AuthenticationFailed or Unavailable."""
@@ -192,6 +176,8 @@ class KafkaBroker(LogStateBroker):
                 return
             except Unavailable as error:
                 trouble = self._trouble
+                if trouble is not None and refuses_certificate(_line(trouble)):
+                    raise refused(self, _line(trouble)) from None
                 if trouble is not None and trouble.code() in _REFUSED:
                     raise _failure(self, trouble) from None
                 if time.monotonic() > deadline:
@@ -219,13 +205,19 @@ class KafkaBroker(LogStateBroker):
 
     async def _learn(self) -> None:
         """What a confirmed event survives here, by the server's settings."""
-        found: dict[str, str] = {}
-        with contextlib.suppress(BrokerError):  # one may not be allowed to ask
-            node = next(iter((await self._metadata(ASK_PATIENCE)).brokers))
-            resource = ConfigResource(ResourceType.BROKER, str(node))
-            answer = await self._answer(self._asked().describe_configs([resource], request_timeout=ASK_PATIENCE))
-            found = {name: entry.value for name, entry in next(iter(answer.values())).items()}
-        self._replicas = self._replicas or int(found.get("default.replication.factor") or 1)
+        nodes = itertools.cycle((await self._metadata(ASK_PATIENCE)).brokers)
+
+        async def ask(patience: float) -> int:
+            node = ConfigResource(ResourceType.BROKER, str(next(nodes)))
+            answer = await self._answer(self._asked().describe_configs([node], request_timeout=patience))
+            return int(answer[node]["default.replication.factor"].value)
+
+        try:
+            self._replicas = self._replicas or await self._ask(ask)
+        except BrokerError as error:  # one may not be allowed to ask
+            if isinstance(error, Unavailable):
+                raise
+            self._replicas = 1
         if self._flush_each < 0:
             self._flush_each = 0 if self._replicas >= 3 else 1
         durable: Any = "replica" if self._replicas >= 3 else "host" if self._flush_each else "process"
@@ -244,6 +236,28 @@ class KafkaBroker(LogStateBroker):
             raise _failure(self, error.args[0]) from None
         return dict(zip(asked, answers, strict=True))
 
+    async def _ask(self, question: Callable[[float], Awaitable[T]], topic: str | None = None) -> T:
+        """What is answered to a question, which gets the seconds that it may take and is repeated where need be.
+
+        The client goes by what it heard of a topic, an old leader or that there is none, for a quarter of an hour, and
+        waits for a node that died: after a short while it is to hear anew.
+        """
+        deadline = time.monotonic() + ASK_PATIENCE + 2
+        wait, patience = 0.0, 1.0
+        while True:
+            try:
+                if wait:
+                    await asyncio.sleep(wait)
+                    heard = await self._metadata(ASK_PATIENCE, topic)
+                    if topic is not None and (error := heard.topics[topic].error) is not None:
+                        raise _failure(self, error)
+                return await question(patience)
+            except (UnknownTopic, Unavailable) as failed:  # it was made, moved or cut off just now
+                if time.monotonic() > deadline or (isinstance(failed, UnknownTopic) and wait > 0.5):
+                    raise
+            wait = min(1.0, 2 * wait or 0.02)
+            patience = min(2 * patience, ASK_PATIENCE)
+
     async def ping(self) -> None:
         try:
             found = (await self._metadata(3.0, self.lease_topic)).topics[self.lease_topic]
@@ -259,6 +273,12 @@ class KafkaBroker(LogStateBroker):
                 raise Unavailable(
                     f"{self}: {len(part.isrs)} of {len(part.replicas)} replicas are in step, 2 are needed"
                 )
+        # Metadata stand still where most nodes are gone, and look well: only a write tells.
+        try:
+            async with asyncio.timeout(3):
+                await self.spaces.sync()
+        except TimeoutError:
+            raise Unavailable(f"{self}: nothing is stored within 3 s") from None
 
     async def review(self) -> list[Finding]:
         nodes = (await self._metadata(ASK_PATIENCE)).brokers
@@ -306,16 +326,17 @@ class KafkaBroker(LogStateBroker):
         if self._replicas >= 3:
             settings["min.insync.replicas"] = 2
         replicas = self._replicas
+        config = {name: str(value) for name, value in settings.items()}
         deadline = time.monotonic() + ASK_PATIENCE
         while True:
-            config = {name: str(value) for name, value in settings.items()}
-            error = await self._create(NewTopic(topic, partitions, replicas, config=config))
+            error = await self._ask(partial(self._create, NewTopic(topic, partitions, replicas, config=config)))
             # Of a node that has begun to answer and is not ready, or of one that is down.
             if error is None or error.code() != KafkaError.INVALID_REPLICATION_FACTOR or time.monotonic() > deadline:
                 break
             replicas = self._replicas - (fewer and replicas == self._replicas >= 3)
             await asyncio.sleep(0.1)
         if error is None:
+            await self._led(topic)
             return
         if error.code() == KafkaError.TOPIC_EXCEPTION:
             raise ConfigError(f"{self}: topic {topic}: {_line(error)}")
@@ -328,12 +349,27 @@ class KafkaBroker(LogStateBroker):
                 f"{self}: topic {topic} has {count} partitions, not {partitions}; write partitions={count} there"
             )
 
-    async def _create(self, new: NewTopic) -> KafkaError | None:
+    async def _led(self, topic: str) -> None:
+        """Until the server knows who leads each partition of a topic that was just made: a busy one takes seconds."""
+        deadline = time.monotonic() + ASK_PATIENCE
+        wait = 0.0
+        while True:
+            await asyncio.sleep(wait)
+            found = (await self._metadata(ASK_PATIENCE, topic)).topics[topic]
+            if found.error is None and all(part.leader >= 0 for part in found.partitions.values()):
+                return
+            if time.monotonic() > deadline:
+                raise Unavailable(f"{self}: topic {topic} was made, and has no leaders yet")
+            wait = min(1.0, 2 * wait or 0.01)
+
+    async def _create(self, new: NewTopic, patience: float) -> KafkaError | None:
         try:
-            [future] = self._asked().create_topics([new], request_timeout=ASK_PATIENCE).values()
+            [future] = self._asked().create_topics([new], request_timeout=patience).values()
             await asyncio.wrap_future(future)
         except KafkaException as error:
             reason: KafkaError = error.args[0]
+            if reason.code() in _NO_ANSWER:
+                raise _failure(self, reason) from None
             return reason
         return None
 
@@ -385,35 +421,26 @@ class KafkaBroker(LogStateBroker):
 
     async def _offsets(self, topic: str, partitions: Sequence[int], what: OffsetSpec) -> list[int]:
         asked = {TopicPartition(topic, index): what for index in partitions}
-        began = time.monotonic()
-        for wait in (0.02, 0.1, 0.5, *[1.0] * 6, 0.0):
-            admin = self._asked()  # held until it has answered: one that is let go of never does
-            try:
-                answers = await self._answer(admin.list_offsets(asked, request_timeout=ASK_PATIENCE))
-                found = {cell.partition: answer.offset for cell, answer in answers.items()}
-                return [found[index] for index in partitions]
-            except (UnknownTopic, Unavailable) as error:  # it was made, moved or cut off just now
-                gone = isinstance(error, UnknownTopic) and wait > 0.5
-                if gone or not wait or time.monotonic() - began > ASK_PATIENCE + 2:
-                    raise
-                # The client asks with the leader's old epoch for ever.
-                if isinstance(error, _Moving) and self._admin is admin:
-                    self._admin = self._make_admin()
-                await asyncio.sleep(wait)
-        raise AssertionError
+
+        async def ask(patience: float) -> list[int]:
+            answers = await self._answer(self._asked().list_offsets(asked, request_timeout=patience))
+            found = {cell.partition: answer.offset for cell, answer in answers.items()}
+            if OFFSET_INVALID in found.values():  # what the client says of a leader that did not answer in time
+                raise Unavailable(f"{self}: a leader of {topic} does not answer")
+            return [found[index] for index in partitions]
+
+        return await self._ask(ask, topic)
 
     async def bounds(self, topic: str, partitions: Sequence[int]) -> list[tuple[int, int]]:
         firsts, ends = await asyncio.gather(
-            self._offsets(topic, partitions, _EARLIEST),
-            self._offsets(topic, partitions, _LATEST),
+            self._offsets(topic, partitions, _EARLIEST), self._offsets(topic, partitions, _LATEST)
         )
         return list(zip(firsts, ends, strict=True))
 
     async def find(self, topic: str, partitions: Sequence[int], moment: float) -> list[int]:
-        found, ends = await asyncio.gather(
-            self._offsets(topic, partitions, OffsetSpec.for_timestamp(max(0, int(moment * 1000)))),
-            self._offsets(topic, partitions, _LATEST),
-        )
+        # The ends first: where no event is as late, those that come now must not count as earlier, and be trimmed.
+        ends = await self._offsets(topic, partitions, _LATEST)
+        found = await self._offsets(topic, partitions, OffsetSpec.for_timestamp(max(0, int(moment * 1000))))
         return [end if offset < 0 else offset for offset, end in zip(found, ends, strict=True)]
 
     async def pending(self, places: Sequence[tuple[str, int, int]]) -> list[tuple[int, float | None]]:
@@ -511,14 +538,14 @@ class KafkaHeart:
             told.set()
 
         body = encode_lease((name, value, lease))
-        if not self._broker.state.produce(report, self._broker.lease_topic, 0, value=body):
+        if self._broker.state.produce(report, self._broker.lease_topic, 0, value=body) is None:
             raise OSError("no room to send the lease")
         if not told.wait(self._patience) or not isinstance(found[0], int):
             raise OSError(f"the lease was not taken: {found or 'no answer'}")
         self._broker.beaten = max(self._broker.beaten, found[0])
 
     def end(self, name: str) -> None:
-        self.beat(name, b"\x80", 0.0)
+        self.beat(name, b"", 0.0)
 
     def close(self) -> None:
         pass

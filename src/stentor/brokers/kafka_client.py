@@ -15,6 +15,8 @@ from confluent_kafka import Consumer, KafkaError, KafkaException, Producer, Topi
 
 from stentor.broker import FETCH_BYTES
 from stentor.brokers.log_state import Feed, Read
+from stentor.brokers.trust import Trust
+from stentor.connect import BrokerUrl
 from stentor.errors import Unavailable
 
 SEND_PATIENCE = 10.0
@@ -25,6 +27,29 @@ AHEAD = 2000
 """Messages that a reader keeps ready."""
 FETCH_WAIT = 50
 """Milliseconds that the server holds a fetch that finds nothing: what is begun to be read meanwhile waits for it."""
+
+
+def client_settings(url: BrokerUrl, tls: Trust | None) -> dict[str, Any]:
+    """What every client of a URL is made with; takes the option ``sasl``."""
+    mechanism = url.option("sasl", "SCRAM-SHA-512")
+    settings: dict[str, Any] = {
+        "bootstrap.servers": url.host, "client.id": "stentor", "log_level": 2, "reconnect.backoff.ms": 50,
+        "reconnect.backoff.max.ms": 1000, "socket.timeout.ms": 5_000, "socket.keepalive.enable": True,
+        "socket.nagle.disable": True, "topic.metadata.refresh.fast.interval.ms": 20,
+        "security.protocol": ("SASL_" if url.user else "") + ("SSL" if tls else "PLAINTEXT"),
+    }  # fmt: skip
+    if url.user:
+        settings |= {"sasl.mechanism": mechanism, "sasl.username": url.user, "sasl.password": url.password or ""}
+    if tls:
+        named = {"ssl.ca.location": tls.ca, "ssl.certificate.location": tls.cert, "ssl.key.location": tls.key}
+        settings |= {name: value for name, value in named.items() if value}
+    return settings
+
+
+def _hear(producer: Producer, seconds: float) -> None:
+    """Let a producer tell what became of its messages."""
+    with contextlib.suppress(KafkaException):  # the fatal error that ends it is raised here, once; a send meets it too
+        producer.poll(seconds)
 
 
 class Sender:
@@ -43,6 +68,8 @@ class Sender:
         }  # fmt: skip
         self._lock = threading.Lock()
         self._producer = Producer(self._settings)
+        self._ended: deque[Producer] = deque()
+        """Producers that were given up and have not told of all their messages yet."""
         self._closing = False
         self._thread = threading.Thread(target=self._run, name="stentor kafka producer", daemon=True)
         self._thread.start()
@@ -53,17 +80,19 @@ class Sender:
 
     def _run(self) -> None:
         while not self._closing:
-            producer = self._producer
-            producer.poll(0.1)
-            # What is left of an ended one is told at once.
-            if producer is not self._producer:
-                producer.poll(0)
+            _hear(self._producer, 0.02 if self._ended else 0.1)
+            for _ in range(len(self._ended)):
+                producer = self._ended.popleft()
+                _hear(producer, 0)
+                if len(producer):  # what it had sent is given back in its own time
+                    self._ended.append(producer)
 
     def _renew(self, broken: Producer) -> None:
+        """Give a producer up."""
         with self._lock:
             if self._producer is broken:
                 broken.purge(in_queue=True, in_flight=True)
-                broken.poll(0)
+                self._ended.append(broken)
                 self._producer = Producer(self._settings)
 
     def close(self) -> None:
@@ -71,27 +100,47 @@ class Sender:
         self._closing = True
         self._thread.join(10)
         self._producer.purge(in_queue=True, in_flight=True)
-        self._producer.poll(0)
+        deadline = time.monotonic() + 5
+        for producer in (self._producer, *self._ended):
+            while len(producer) and time.monotonic() < deadline:
+                _hear(producer, 0.1)
 
-    def produce(self, report: Callable[[Any, Any], None], topic: str, index: int, **message: Any) -> bool:
-        """Hand a message over; False when there is no room now. ``report`` gets an error or the stored message."""
-        producer = self._producer
+    def produce(
+        self,
+        report: Callable[[Any, Any], None],
+        topic: str,
+        index: int,
+        *,
+        behind: Producer | None = None,
+        **message: Any,
+    ) -> Producer | None:
+        """Hand a message over; None when there is no room now, else the producer that has it.
+
+        ``report`` gets an error or the stored message. A message that must not be stored unless those before it are
+        names the producer that has them in ``behind``.
+        """
+        producer = self._producer if behind is None else behind
         try:
             producer.produce(topic, partition=index, on_delivery=report, **message)
         except BufferError:
-            return False
+            return None
         except KafkaException as error:
             reason: KafkaError = error.args[0]
             if reason.code() == KafkaError._FATAL or reason.fatal():
                 self._renew(producer)
-                return self.produce(report, topic, index, **message)
+                if behind is None:
+                    return self.produce(report, topic, index, **message)
+                reason = KafkaError(KafkaError._PURGE_QUEUE)
             report(reason, None)
-        return True
+        return producer
 
     async def send(
         self, messages: Sequence[tuple[str, int, bytes, bytes | None]], headers: list[tuple[str, bytes]] | None = None
     ) -> list[int | KafkaError]:
-        """Store messages (topic, partition, value, key); an offset or an error for each."""
+        """Store messages (topic, partition, value, key); an offset or an error for each.
+
+        Of one that is not stored, none behind it is.
+        """
         loop = asyncio.get_running_loop()
         future: asyncio.Future[None] = loop.create_future()
         results: list[Any] = [None] * len(messages)
@@ -108,10 +157,14 @@ class Sender:
                 with contextlib.suppress(RuntimeError):  # the loop has ended
                     loop.call_soon_threadsafe(resolve)
 
-        produce = self.produce
+        producer: Producer | None = None
         for number, (topic, index, value, key) in enumerate(messages):
-            while not produce(partial(report, number), topic, index, value=value, key=key, headers=headers):  # noqa: ASYNC110  the client tells of no room
+            tell = partial(report, number)
+            while (  # noqa: ASYNC110  the client does not say when there is room
+                taken := self.produce(tell, topic, index, behind=producer, value=value, key=key, headers=headers)
+            ) is None:
                 await asyncio.sleep(0.005)
+            producer = taken
         await future
         return results
 

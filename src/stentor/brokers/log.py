@@ -19,6 +19,7 @@ import asyncio
 import contextlib
 import heapq
 import logging
+import math
 from collections.abc import AsyncIterator, Sequence
 from datetime import datetime
 from typing import Any
@@ -31,6 +32,7 @@ from stentor.brokers.log_admin import LogAdmin
 from stentor.brokers.log_consumer import LogConsumer, free_owner
 from stentor.brokers.staging import DELAY_TOPIC, Staging
 from stentor.brokers.storage import DUPLICATE, UNPLACED, Entry, GroupRecord, Reader, Stored, TopicRecord, Write
+from stentor.brokers.trust import Trust, refused
 from stentor.brokers.wire import pack, pack_delayed
 from stentor.clock import Clock, seconds
 from stentor.connect import BrokerUrl
@@ -40,6 +42,7 @@ from stentor.errors import (
     PublishUnknown,
     StentorError,
     TooLarge,
+    Unavailable,
     UnknownGroup,
     UnknownTopic,
     Unsupported,
@@ -81,8 +84,7 @@ class LogBroker:
     features: Features
     native_delay = False
     """The server holds delayed messages back; else ``Staging`` does."""
-    one_order = False
-    """Offsets are comparable across the partitions of a topic."""
+    tls: Trust | None = None
 
     def __init__(self, url: BrokerUrl, clock: Clock) -> None:
         self.url = url
@@ -211,7 +213,12 @@ class LogBroker:
     async def open(self) -> None:
         if not self.closed:
             return
-        await self.connect()
+        try:
+            await self.connect()
+        except Unavailable:
+            if self.tls is not None and (why := await self.tls.refusal()):
+                raise refused(self, why) from None
+            raise
         self.closed = False
         self._ticking = asyncio.create_task(self._tick(), name=f"stentor {self.features.name} tick")
 
@@ -290,14 +297,15 @@ class LogBroker:
 
     async def topic(self, name: str) -> TopicRecord:
         """A declared topic. Raises UnknownTopic."""
-        known = self._topics.get(name)
-        if known is None:
-            [value] = await self.get([(self.meta, f"t/{name}")])
-            if value is None:
-                raise UnknownTopic(f"topic {name!r} was never declared on {self}")
-            record = _topic(value)
-            known = self._topics[name] = (record, Slots(record.partitions))
-        return known[0]
+        return (self._topics.get(name) or await self._look_up(name))[0]
+
+    async def _look_up(self, name: str) -> tuple[TopicRecord, Slots]:
+        [value] = await self.get([(self.meta, f"t/{name}")])
+        if value is None:
+            raise UnknownTopic(f"topic {name!r} was never declared on {self}")
+        record = _topic(value)
+        self._topics[name] = record, Slots(record.partitions)
+        return self._topics[name]
 
     async def group(self, name: str) -> GroupRecord:
         """A declared group. Raises UnknownGroup."""
@@ -334,8 +342,7 @@ class LogBroker:
             await self.change(f"t/{topic.name}", None, record)
         elif told and known.retention != retention:
             await self.change(f"t/{topic.name}", known, msgspec.structs.replace(known, retention=retention))
-        self._topics.pop(topic.name, None)
-        await self.topic(topic.name)
+        await self._look_up(topic.name)  # what is known stays until then: others publish meanwhile
 
     async def _declare_group(self, subscription: Subscription, known: GroupRecord | None) -> None:
         name = f"g/{subscription.name}"
@@ -378,7 +385,7 @@ class LogBroker:
         if start == "latest":
             return [end for _, end in bounds]
         position = int(start)
-        if self.one_order:
+        if self.features.one_order:
             return [min(max(position, first), end) for first, end in bounds]
         # The offset of one partition: the others begin with what was stored at or after the same time.
         index, offset = position % record.partitions, position // record.partitions
@@ -389,17 +396,13 @@ class LogBroker:
 
     def position(self, record: TopicRecord, index: int, offset: int) -> int:
         """The place of a message in its topic, as receipts and browsing give it and as replay takes it."""
-        return offset if self.one_order else offset * record.partitions + index
+        return offset if self.features.one_order else offset * record.partitions + index
 
     # ---- publishing -------------------------------------------------------------------------------------------------
 
     async def entry(self, message: Message, now: float) -> Entry:
         """A message ready to be stored. Raises UnknownTopic or TooLarge."""
-        known = self._topics.get(message.topic)
-        if known is None:
-            await self.topic(message.topic)
-            known = self._topics[message.topic]
-        record, slots = known
+        record, slots = self._topics.get(message.topic) or await self._look_up(message.topic)
         if message.due > now and not self.native_delay:
             body = pack_delayed(message)
             home = self.staging.topic or await self.staging.start()
@@ -498,7 +501,12 @@ class LogBroker:
     async def browse(self, topic: str, start: Start, *, follow: bool) -> AsyncIterator[tuple[int, Message]]:
         record = await self.topic(topic)
         offsets = await self.starts(record, start)
+        horizon = math.inf
         while True:
+            if self.features.one_order:
+                # Partitions are read one after the other, and events come meanwhile: what is at or after this end may
+                # be seen in one of them before what it follows is seen in another. It is left for the next round.
+                horizon = max(end for _, end in await self.bounds(record.stored, range(record.partitions)))
             heads: list[tuple[float, int, int, list[Stored]]] = []
             for index in range(record.partitions):
                 page = list(await self.page(record.stored, index, offsets[index], PAGE))
@@ -510,6 +518,8 @@ class LogBroker:
             while heads:
                 _, _, index, page = heapq.heappop(heads)
                 stored = page.pop()
+                if stored.offset >= horizon:
+                    break
                 offsets[index] = stored.offset + 1
                 yield self.position(record, index, stored.offset), stored.message
                 page = page or list(await self.page(record.stored, index, offsets[index], PAGE))[::-1]
@@ -520,4 +530,4 @@ class LogBroker:
 
     def _head(self, index: int, page: list[Stored]) -> tuple[float, int, int, list[Stored]]:
         """What the partitions of a topic are merged by: offsets where they are of one order, else times."""
-        return (0.0 if self.one_order else page[-1].time, page[-1].offset, index, page)
+        return (0.0 if self.features.one_order else page[-1].time, page[-1].offset, index, page)

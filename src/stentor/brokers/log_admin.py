@@ -220,11 +220,9 @@ class LogAdmin:
         return {name: value for name, value in zip(names, values, strict=True) if value is not None}
 
     async def mark(self, group: str, topic: str, partition: int, name: str, value: bytes) -> None:
-        record = await self._broker.group(group)
-        await self.leave_mark(self._broker.space(record.id, topic, partition), name, value)
-
-    async def leave_mark(self, space: str, name: str, value: bytes) -> None:
         """Write a mark, and change the count by which owners see that there is one."""
+        record = await self._broker.group(group)
+        space = self._broker.space(record.id, topic, partition)
         for _ in range(_TRIES):
             [count] = await self._broker.get([(space, "!marks")])
             changes: dict[str, bytes | None] = {name: value, "!marks": new_id().encode()}

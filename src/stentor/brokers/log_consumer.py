@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 from zlib import crc32
@@ -79,6 +80,8 @@ class LogConsumer:
         self._reader = broker.reader()
         self._balancing: asyncio.Task[None] | None = None
         self._nudge = asyncio.Event()
+        self._lapses = 0
+        """The lapses of the lease after which it was looked at what is still owned."""
         self._size = 2.0**20
         """The size of a message, a running mean that starts high: what one read brings must be bounded."""
 
@@ -88,6 +91,17 @@ class LogConsumer:
         await self.broker.heartbeat.now()
         await self.balance()
         self._balancing = asyncio.create_task(self._keep_balance(), name=f"stentor balance {self.subscription.name}")
+
+    @property
+    def until(self) -> float:
+        """When the lease runs out; once it did, others may own what was owned here until it was looked at."""
+        heartbeat = self.broker.heartbeat
+        return heartbeat.until if heartbeat.lapses == self._lapses else 0.0
+
+    async def sure(self) -> None:
+        while time.monotonic() > self.until and not (self.closed or self.broker.closed):
+            self._nudge.set()
+            await self.broker.clock.sleep(0.02)
 
     # ---- ownership --------------------------------------------------------------------------------------------------
 
@@ -115,12 +129,14 @@ class LogConsumer:
                 living = members_of(await self.broker.leases())
                 if self.member not in living:
                     return
+            lapses = self.broker.heartbeat.lapses
             members = sorted(member for member, group in living.items() if group == self.group)
             spaces = [self.broker.space(self.group, name, index) for name, index in self._cells]
             values = await self.broker.get([(space, "!owner") for space in spaces])
             cells = dict(zip(self._cells, values, strict=True))
             mine = {(held.name, held.index): held for held in self.held.values()}
             self.lose([held for cell, held in mine.items() if cells[cell] != held.fence])
+            self._lapses = lapses
             mine = {cell: held for cell, held in mine.items() if held.partition in self.held}
             surplus: list[Held] = []
             gained: list[tuple[str, int, bytes]] = []
@@ -228,9 +244,12 @@ class LogConsumer:
         room = max(1, min(limit, int(FETCH_BYTES / self._size)))
         found: list[Delivery] = []
         size = 0
-        for held, offset, message in await self._reader.read(room, wait):
+        reads = await self._reader.read(room, wait)
+        if reads and time.monotonic() > self.until:
+            await self.sure()
+        for held, offset, message in reads:
             track = held.track
-            if track.take(offset):
+            if self.held.get(track.partition) is held and track.take(offset):
                 seen = track.seen(offset) if track.suspects else False
                 replay = track.replay if offset < track.replay_until else ""
                 size += len(message.data)

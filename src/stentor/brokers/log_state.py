@@ -40,6 +40,10 @@ class Read(NamedTuple):
     value: bytes
 
 
+class Removed(Unavailable):
+    """The server has removed messages by its own rules before they were read."""
+
+
 class Feed(ABC):
     """Reads partitions from offsets on, ahead of whoever takes what was read."""
 
@@ -75,7 +79,7 @@ class Feed(ABC):
         return found
 
     def trouble(self) -> Unavailable | None:
-        """Why it cannot read, told once; a ``Dropped`` when the topic is gone."""
+        """Why it cannot read, told once; a ``Dropped`` when the topic is gone, ``Removed`` when it had to skip some."""
         trouble, self._trouble = self._trouble, None
         return trouble
 
@@ -201,8 +205,11 @@ class LogStateBroker(LogBroker):
                     name, value, length = _lease.decode(read.value)
                     # By our own clock, from when we hear of it; one found at the beginning may be old by then.
                     age = max(0.0, time.time() - read.time) if not self._leases_seen else 0.0
-                    self._leases[name] = (value, time.monotonic() + length - min(age, length))
                     self._leases_read = read.offset + 1
+                    if length:
+                        self._leases[name] = (value, time.monotonic() + length - min(age, length))
+                    else:
+                        self._leases.pop(name, None)  # ended by its owner: no standstill brings it back
                 if self._leases_read >= end:
                     break
                 if time.monotonic() > deadline:
@@ -289,10 +296,11 @@ class _Generation:
         feed.seek(self, self._topic, 0, start)
         try:
             while True:
-                for read in await feed.read(1000, 5.0):
-                    yield read.offset, read.value
-                if isinstance(trouble := feed.trouble(), Dropped):
+                found = await feed.read(1000, 5.0)
+                if isinstance(trouble := feed.trouble(), Dropped | Removed):
                     raise trouble  # any other passes: a feed finds its way back by itself
+                for read in found:
+                    yield read.offset, read.value
         finally:
             with contextlib.suppress(Unavailable):
                 await feed.close()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import heapq
 import itertools
+import math
 from collections.abc import AsyncIterator, Sequence
 from datetime import datetime
 from typing import Any
@@ -420,6 +421,11 @@ class MemoryBroker:
 
 class MemoryConsumer:
     """A member of a group in this process."""
+
+    until = math.inf
+
+    async def sure(self) -> None:
+        """Nobody else can own what is owned here."""
 
     def __init__(self, broker: MemoryBroker, group: _Group, owner: Owner, name: str) -> None:
         self.name = name

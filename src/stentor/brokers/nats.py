@@ -25,6 +25,7 @@ from stentor.brokers import findings
 from stentor.brokers.log_state import LogStateBroker, encode_lease
 from stentor.brokers.nats_client import ASK_PATIENCE, Link, NatsFeed, Place, Refused, refusal, status, stream_of
 from stentor.brokers.storage import Entry, Stored
+from stentor.brokers.trust import refused, refuses_certificate, trust
 from stentor.brokers.wire import unpack
 from stentor.clock import Clock
 from stentor.connect import BrokerUrl
@@ -42,6 +43,7 @@ OVERHEAD = 4096
 _decode = msgspec.json.decode
 
 _EXISTS = {10058}
+_LIMITS = ("max_age", "max_msgs", "max_bytes", "max_msgs_per_subject")
 _OVERLAPS = {10065}
 _NO_MESSAGE = {10037}
 
@@ -67,12 +69,9 @@ class NatsBroker(LogStateBroker):
     minutes, and what it confirmed survives its process only.
     """
 
-    one_order = True
-
     def __init__(self, url: BrokerUrl, clock: Clock) -> None:
         super().__init__(url, clock)
-        tls = url.option("tls", "") not in ("", "0")
-        ca, cert, key = (url.option(name, "") for name in ("ca", "cert", "key"))
+        self.tls = tls = trust(url, 4222, greeted=True)
         creds = url.option("creds", "")
         self._replicas = url.option("replicas", 1, int)
         durable: Any = url.option("durable", "process", _durable)
@@ -82,13 +81,7 @@ class NatsBroker(LogStateBroker):
         if creds:
             self._options["user_credentials"] = creds
         if tls:
-            try:
-                context = ssl.create_default_context(cafile=ca or None)
-                if cert:
-                    context.load_cert_chain(cert, key or None)
-            except (OSError, ssl.SSLError) as error:
-                raise ConfigError(f"{url}: the certificates cannot be read: {error}") from None
-            self._options["tls"] = context
+            self._options["tls"] = tls.context
         self.features = Features(
             name="nats", durable="replica" if self._replicas >= 3 else durable, shared=True, atomic=False, dedupe=False,
             replay=True, cancel=True, browse=True,
@@ -135,10 +128,12 @@ class NatsBroker(LogStateBroker):
             async with asyncio.timeout(OPEN_PATIENCE):
                 await link.open()
         except ssl.SSLError as error:
-            raise AuthenticationFailed(f"{self}: {error}") from None
+            raise refused(self, str(error)) from None
         except (nats.errors.Error, OSError, TimeoutError) as error:
             text = link.trouble or " ".join(str(error).split()) or f"no answer within {OPEN_PATIENCE:g} s"
-            if any(word in text for word in ("uthoriz", "uthenticat", "CERTIFICATE")):
+            if refuses_certificate(text):
+                raise refused(self, text) from None
+            if any(word in text for word in ("uthoriz", "uthenticat")):
                 raise AuthenticationFailed(f"{self}: {text}") from None
             raise Unavailable(f"{self} cannot be reached: {text}") from None
 
@@ -171,6 +166,11 @@ class NatsBroker(LogStateBroker):
         if self.features.durable == "host":
             text = "taken on trust: the server does not tell its sync_interval"
             reviewed.append(Finding("sync_interval", "ok", text))
+        configs = [(await self._info(record.stored))["config"] for record in (await self.records())[0].values()]
+        limited = [config["name"] for config in configs if any(config.get(limit, -1) > 0 for limit in _LIMITS)]
+        told = ", ".join(f"{name} has a limit" for name in limited)
+        why = "events are removed or refused, whoever still needs them"
+        reviewed.append(findings.setting("retention", told or "without limits", ["without limits"], why))
         account = await self.link.api("INFO")
         limits = account["limits"]
         full = "the account's events, topics or members are refused: raise it"
@@ -228,7 +228,8 @@ class NatsBroker(LogStateBroker):
         topics: dict[str, list[int]] = {}
         for number, entry in enumerate(entries):
             topics.setdefault(entry.topic, []).append(number)
-        await asyncio.gather(*(self._append(entries, numbers, results) for numbers in topics.values()))
+        steps = [self._append(entries, numbers, results) for numbers in topics.values()]
+        await (asyncio.gather(*steps) if len(steps) != 1 else steps[0])  # an event alone needs no task
         return results
 
     async def _append(self, entries: Sequence[Entry], left: list[int], results: list[int | StentorError]) -> None:
@@ -451,7 +452,7 @@ class NatsHeart:
         self._broker.beaten = max(self._broker.beaten, found["seq"])
 
     def end(self, name: str) -> None:
-        self.beat(name, b"\x80", 0.0)
+        self.beat(name, b"", 0.0)
 
     def close(self) -> None:
         if self._link is not None:

@@ -23,6 +23,7 @@ from stentor.brokers.log import LogBroker
 from stentor.brokers.postgresql_client import Connection, Line, cut, failure, in_time, transacted, whole
 from stentor.brokers.postgresql_tables import TABLES, VERSION
 from stentor.brokers.storage import DUPLICATE, Entry, Held, Stored, Write
+from stentor.brokers.trust import trust
 from stentor.brokers.wire import pack_delayed, unpack, unpack_delayed, unpack_waiting
 from stentor.clock import Clock
 from stentor.connect import BrokerUrl
@@ -59,7 +60,6 @@ class PostgresBroker(LogBroker):
     """
 
     native_delay = True
-    one_order = True
     features = Features(
         name="postgresql", durable="host", shared=True, atomic=True, dedupe=True, replay=True, cancel=True, browse=True
     )
@@ -74,11 +74,9 @@ class PostgresBroker(LogBroker):
             "host": host.strip("[]") or "localhost", "port": int(port), "dbname": url.path.strip("/") or url.user,
             "user": url.user, "password": url.password, "connect_timeout": 5, "application_name": "stentor",
         }  # fmt: skip
-        if url.option("tls", "") not in ("", "0"):
-            self._arguments["sslmode"] = "verify-full"
-        for option, name in (("ca", "sslrootcert"), ("cert", "sslcert"), ("key", "sslkey")):
-            if file := url.option(option, ""):
-                self._arguments[name] = file
+        if tls := trust(url, 5432):
+            named = {"sslrootcert": tls.ca, "sslcert": tls.cert, "sslkey": tls.key}
+            self._arguments |= {"sslmode": "verify-full"} | {name: file for name, file in named.items() if file}
         self.patience = max(2.0, self.lease / 2)
         settings = {
             "search_path": self._schema,
@@ -154,7 +152,9 @@ class PostgresBroker(LogBroker):
         before = time.time()
         [(moment, replica)] = await self._rows("SELECT extract(epoch FROM clock_timestamp()), pg_is_in_recovery()")
         found = [findings.clock(float(moment), before, time.time())]
-        names = ("server_version", "fsync", "full_page_writes", "synchronous_commit", "autovacuum", "max_connections")
+        names = (
+            "server_version", "fsync", "full_page_writes", "autovacuum", "max_connections", "synchronous_standby_names",
+        )  # fmt: skip
         settings = dict(await self._rows("SELECT name, setting FROM pg_settings WHERE name = ANY(%s)", (list(names),)))
         found.append(findings.version("PostgreSQL", settings["server_version"].partition(" ")[0], (14,)))
         found += [
@@ -162,6 +162,8 @@ class PostgresBroker(LogBroker):
             for name in ("fsync", "full_page_writes")
         ]
         found.append(findings.setting("autovacuum", settings["autovacuum"], ["on"], "the tables only grow"))
+        standby = settings["synchronous_standby_names"]
+        found.append(Finding("standby", "ok", standby or "none is waited for: a commit is on this machine's disk"))
         if replica:
             found.append(Finding("role", "fail", "a standby takes no events", "name the primary in the URL"))
         [(used, oldest)] = await self._rows(

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import psycopg
 
+from stentor.brokers.trust import refused, refuses_certificate
 from stentor.errors import AuthenticationFailed, BrokerError, StentorError, StorageFull, StorageUnusable, Unavailable
 
 if TYPE_CHECKING:
@@ -29,6 +30,8 @@ def failure(error: Exception, broker: object) -> StentorError:
     text = (str(error).strip() or type(error).__name__).splitlines()[0]
     if state in _ABSENT or "password authentication failed" in text or "no password supplied" in text:
         return AuthenticationFailed(f"{broker} refuses the user or password: {text}")
+    if refuses_certificate(text):
+        return refused(broker, text)
     if state in _FULL:
         return StorageFull(f"{broker} has no room: {text}")
     if state == "42501":

@@ -22,6 +22,7 @@ from stentor.brokers import findings
 from stentor.brokers.log_state import Feed, LogStateBroker, Read, encode_lease
 from stentor.brokers.rabbitmq_wire import NOT_FOUND, Channel, Connection, Login, Lost, Refused, Timestamp, short, table
 from stentor.brokers.storage import UNPLACED, Entry, Stored
+from stentor.brokers.trust import refused, trust
 from stentor.brokers.wire import CONTENT_TYPE, unpack
 from stentor.clock import Clock
 from stentor.connect import BrokerUrl
@@ -79,7 +80,7 @@ def _failure(who: object, error: Exception) -> BrokerError:
             return UnknownTopic(f"{who}: {error}")
         if error.code in _REFUSED:
             return AuthenticationFailed(f"{who}: {error}")
-        if error.code == _PRECONDITION:
+        if error.code == _PRECONDITION and "a replica" not in str(error):  # a stream that is being made has none yet
             return ConfigError(f"{who}: {error}")  # type: ignore[return-value]
     return Unavailable(f"{who}: {error}")
 
@@ -106,7 +107,7 @@ class Line:
                 try:
                     self._connection = await Connection.open(self.login, OPEN_PATIENCE)
                 except ssl.SSLError as error:
-                    raise AuthenticationFailed(f"{self.who}: {' '.join(str(error).split())}") from None
+                    raise refused(self.who, str(error)) from None
                 except (Lost, Refused) as error:
                     raise _failure(self.who, error) from None
             return self._connection
@@ -277,17 +278,10 @@ class RabbitMQBroker(LogStateBroker):
 
     def __init__(self, url: BrokerUrl, clock: Clock) -> None:
         super().__init__(url, clock)
-        ca, cert, key = (url.option(name, "") for name in ("ca", "cert", "key"))
-        context = None
-        if url.scheme == "amqps":
-            try:
-                context = ssl.create_default_context(cafile=ca or None)
-                if cert:
-                    context.load_cert_chain(cert, key or None)
-            except (OSError, ssl.SSLError) as error:
-                raise ConfigError(f"{url}: the certificates cannot be read: {error}") from None
+        self.tls = tls = trust(url, 5671, secure=url.scheme == "amqps")
+        context = tls.context if tls else None
         host, _, port = url.host.partition(":")
-        user = (url.user or "guest") if not cert or url.user else None
+        user = None if tls and tls.cert and not url.user else url.user or "guest"
         self._login = Login(
             host or "localhost", int(port or (5671 if context else 5672)), unquote(url.path.strip("/")) or "/", user,
             url.password or ("" if url.user else "guest"), context, HEARTBEAT,
@@ -295,7 +289,7 @@ class RabbitMQBroker(LogStateBroker):
         self._replicas = url.option("replicas", 0, int)
         self.features = Features(
             name="rabbitmq", durable="replica" if self._replicas >= 3 else "process", shared=True, atomic=False,
-            dedupe=False, replay=True, cancel=True, browse=True, placed=False,
+            dedupe=False, replay=True, cancel=True, browse=True, placed=False, one_order=False,
         )  # fmt: skip
         self._data = Line(self, self._login)
         self._state = Line(self, self._login)
@@ -598,7 +592,7 @@ class RabbitMQHeart:
             raise OSError("the lease was not taken")
 
     def end(self, name: str) -> None:
-        self.beat(name, b"\x80", 0.0)
+        self.beat(name, b"", 0.0)
 
     def close(self) -> None:
         if self._line is not None:

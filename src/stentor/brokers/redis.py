@@ -22,6 +22,7 @@ from stentor.broker import Durable, Features, Finding
 from stentor.brokers import findings
 from stentor.brokers.log import LogBroker
 from stentor.brokers.storage import DUPLICATE, Entry, Held, Stored, Write
+from stentor.brokers.trust import refused, refuses_certificate, trust
 from stentor.brokers.wire import pack_delayed, unpack, unpack_delayed, unpack_waiting
 from stentor.clock import Clock
 from stentor.connect import BrokerUrl
@@ -151,6 +152,8 @@ def _error(error: Exception, broker: object) -> StentorError:
     text = str(error).splitlines()[0] if str(error) else type(error).__name__
     if isinstance(error, client.AuthenticationError | client.exceptions.NoPermissionError) or "WRONGPASS" in text:
         return AuthenticationFailed(f"{broker} refuses the user or password: {text}")
+    if refuses_certificate(text):
+        return refused(broker, text)
     if isinstance(error, client.exceptions.OutOfMemoryError) or text.startswith(("OOM", "MISCONF")):
         return StorageFull(f"{broker} has no room: {text}")
     if isinstance(error, client.ConnectionError | client.TimeoutError | OSError):
@@ -177,13 +180,11 @@ class RedisBroker(LogBroker):
     """
 
     native_delay = True
-    one_order = True
 
     def __init__(self, url: BrokerUrl, clock: Clock) -> None:
         super().__init__(url, clock)
         host, _, port = url.host.rpartition(":") if ":" in url.host.rpartition("]")[2] else (url.host, "", "6379")
-        tls = url.option("tls", "") not in ("", "0") or url.scheme == "rediss"
-        files = {name: url.option(name, "") for name in ("ca", "cert", "key")}
+        self.tls = tls = trust(url, 6379, secure=url.scheme == "rediss")
         self._options: dict[str, Any] = {
             "host": host.strip("[]") or "localhost", "port": int(port), "db": int(url.path.strip("/") or 0),
             "username": url.user, "password": url.password, "socket_connect_timeout": 5.0,
@@ -192,8 +193,7 @@ class RedisBroker(LogBroker):
         if tls:
             self._options |= {
                 "ssl": True, "ssl_cert_reqs": ssl.CERT_REQUIRED, "ssl_check_hostname": True,
-                "ssl_ca_certs": files["ca"] or None, "ssl_certfile": files["cert"] or None,
-                "ssl_keyfile": files["key"] or None,
+                "ssl_ca_certs": tls.ca or None, "ssl_certfile": tls.cert or None, "ssl_keyfile": tls.key or None,
             }  # fmt: skip
         durable: Durable = url.option("durable", "host", _durable)
         self._wanted = {"maxmemory-policy": "noeviction"}

@@ -9,20 +9,17 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import re
-import ssl
-import struct
 import time
 import zlib
 from collections import deque
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
 
 from stentor.broker import Features, Finding
 from stentor.brokers import findings
-from stentor.brokers.log import LogBroker
-from stentor.brokers.logstore import Dropped, LogStore
+from stentor.brokers.log_state import Feed, LogStateBroker, Read, Removed, encode_lease
 from stentor.brokers.rocketmq_remoting import (
     BROKER_CONFIG,
     BROKER_STATE,
@@ -52,7 +49,8 @@ from stentor.brokers.rocketmq_remoting import (
     failure,
     messages,
 )  # fmt: skip
-from stentor.brokers.storage import Entry, Held, Stored, Write
+from stentor.brokers.storage import Entry, Stored
+from stentor.brokers.trust import trust
 from stentor.brokers.wire import unpack
 from stentor.clock import Clock
 from stentor.connect import BrokerUrl
@@ -64,7 +62,6 @@ from stentor.errors import (
     Unavailable,
     UnknownTopic,
 )  # fmt: skip
-from stentor.message import Message
 
 SEND_BYTES = 1024 * 1024
 """What one request carries at most, or one message."""
@@ -78,7 +75,6 @@ AHEAD = 256
 GROUP = "CID_RMQ_SYS_stentor"
 """The consumer group that pulls are made for; RocketMQ makes groups of this prefix by itself."""
 
-_lease = msgspec.msgpack.Decoder(tuple[str, bytes, float])
 _route = msgspec.json.Decoder(dict[str, Any])
 
 
@@ -90,7 +86,7 @@ def _stored(name: str) -> str:
     return found
 
 
-class RocketMQBroker(LogBroker):
+class RocketMQBroker(LogStateBroker):
     """``rocketmq://[user:password@]name-server[:9876][,another]``. RocketMQ 5.1 or newer; no proxy is needed.
 
     Options: those of ``LogBroker``, ``tls=1``, ``ca``, ``cert``, ``key`` (files; TLS always verifies the server), and
@@ -101,20 +97,15 @@ class RocketMQBroker(LogBroker):
     def __init__(self, url: BrokerUrl, clock: Clock) -> None:
         super().__init__(url, clock)
         self._name_servers = url.host.split(",")
-        tls = url.option("tls", "") not in ("", "0")
-        ca, cert, key = (url.option(name, "") for name in ("ca", "cert", "key"))
-        self.context: ssl.SSLContext | None = None
-        if tls:
-            self.context = ssl.create_default_context(cafile=ca or None)
-            if cert:
-                self.context.load_cert_chain(cert, key or None)
+        self.tls = trust(url, 9876)
+        self.context = self.tls.context if self.tls else None
         self.signer = Signer(url.user, url.password or "") if url.user else None
         durable = url.option("durable", "host")
         if durable not in ("host", "process"):
             raise ConfigError(f"{self}: option durable is host or process")
         self.features = Features(
             name="rocketmq", durable=durable, shared=True, atomic=False, dedupe=False, replay=True, cancel=True,  # type: ignore[arg-type]
-            browse=True, max_bytes=SEND_BYTES,
+            browse=True, max_bytes=SEND_BYTES, one_order=False,
         )  # fmt: skip
         self._links: dict[str, asyncio.Task[Link]] = {}
         self._homes: dict[str, tuple[str, str]] = {}
@@ -122,11 +113,7 @@ class RocketMQBroker(LogBroker):
         self._last: dict[str, tuple[str, str]] = {}
         self._ends: dict[tuple[str, int], int] = {}
         """What was confirmed; the server shows it a few milliseconds later."""
-        self._store: LogStore | None = None
-        self.beaten = -1
-        """The offset of the last beat that was confirmed."""
-        self._leases: dict[str, tuple[bytes, float]] = {}
-        self._leases_read = -1
+        self._telling = asyncio.Lock()
 
     # ---- life -------------------------------------------------------------------------------------------------------
 
@@ -140,17 +127,13 @@ class RocketMQBroker(LogBroker):
             masters = await self.masters()
             for _, address in masters:
                 check(await self._call(address, BROKER_CONFIG, {}), self)
-            await self.make_topic(f"{self.prefix}stentor.leases", 1)
-            self._store = LogStore(_Generations(self))
-            await self._store.open()
+            await self.open_state()
         except BaseException:
             await self.disconnect()
             raise
 
     async def disconnect(self) -> None:
-        if self._store is not None:
-            await self._store.close()
-            self._store = None
+        await self.close_state()
         links, self._links = self._links, {}
         for link in links.values():
             link.cancel()
@@ -173,6 +156,9 @@ class RocketMQBroker(LogBroker):
             if self.features.durable == "host":
                 why = "a power cut loses what was confirmed last"
                 found.append(findings.setting("flushDiskType", settings.get("flushDiskType"), ["SYNC_FLUSH"], why))
+            why = "a disk that fills loses its oldest events, whoever still needs them"
+            forced = settings.get("cleanFileForciblyEnable")
+            found.append(findings.setting("cleanFileForciblyEnable", forced, ["false"], why))
             kept = int(settings["fileReservedTime"])
             text = f"{name} removes events after {kept:,} hours, whoever still needs them"
             good = kept >= 24 * 365
@@ -253,8 +239,8 @@ class RocketMQBroker(LogBroker):
 
     # ---- data -------------------------------------------------------------------------------------------------------
 
-    async def make_topic(self, topic: str, partitions: int) -> None:
-        """All queues of a topic are on one broker, so that a partition is a queue's number."""
+    async def make(self, topic: str, partitions: int = 1, keep: float = -1, *, fewer: bool = False) -> None:  # noqa: ARG002  it removes by age alone, all topics alike
+        # All queues of a topic are on one broker, so that a partition is a queue's number.
         with contextlib.suppress(UnknownTopic):
             await self.home(topic)
             return
@@ -269,8 +255,7 @@ class RocketMQBroker(LogBroker):
         check(await self._call(home[1], CREATE_TOPIC, fields), self)
         self._homes[_stored(topic)] = self._last[_stored(topic)] = home
 
-    async def drop_topic(self, topic: str) -> None:
-        """Remove a topic; it need not exist."""
+    async def remove(self, topic: str) -> None:
         try:
             _, address = await self.home(topic)
         except UnknownTopic:
@@ -330,11 +315,23 @@ class RocketMQBroker(LogBroker):
                     for number in now:
                         results[number] = failed
 
-        await asyncio.gather(*(fill(*queue, numbers) for queue, numbers in queues.items()))
+        steps = [fill(*queue, numbers) for queue, numbers in queues.items()]
+        await (asyncio.gather(*steps) if len(steps) != 1 else steps[0])  # an event alone needs no task
         return results
 
-    def reader(self) -> RocketMQReader:
-        return RocketMQReader(self)
+    async def tell(self, topic: str, value: bytes) -> int:
+        async with self._telling:  # the server's threads keep no order
+            try:
+                return await self.send(topic, 0, [value])
+            except PublishUnknown as error:
+                raise Unavailable(error.why) from None
+
+    async def told(self, topic: str) -> list[bytes]:
+        first, end = await self._bounds(topic, 0)
+        return [one.body for one in await self.pull(topic, 0, max(first, end - PULL_COUNT), PULL_COUNT)]
+
+    def feed(self) -> RocketMQFeed:
+        return RocketMQFeed(self)
 
     async def _offset(self, topic: str, index: int, code: int, **fields: Any) -> int:
         return int(check(await self.call(topic, code, {"queueId": index, **fields}), self).fields["offset"])
@@ -400,59 +397,10 @@ class RocketMQBroker(LogBroker):
     async def trim(self, topic: str, index: int, offset: int) -> None:
         """RocketMQ removes by age alone (``fileReservedTime``), all topics alike."""
 
-    # ---- spaces -----------------------------------------------------------------------------------------------------
-
-    @property
-    def spaces(self) -> LogStore:
-        if self._store is None:
-            raise Unavailable(f"{self} is not open")
-        return self._store
-
-    async def names(self, space: str) -> list[str]:
-        await self.spaces.sync()
-        return list(self.spaces.entries(space))
-
-    async def get(self, wanted: Sequence[tuple[str, str]]) -> list[bytes | None]:
-        await self.spaces.sync()
-        return await self.peek(wanted)
-
-    async def peek(self, wanted: Sequence[tuple[str, str]]) -> list[bytes | None]:
-        return [self.spaces.get(space, name) for space, name in wanted]
-
-    async def write(self, writes: Sequence[Write]) -> list[bool]:
-        store = self.spaces
-        return list(await asyncio.gather(*(store.write(one.space, one.changes, one.fence) for one in writes)))
-
-    async def forget(self, spaces: Sequence[str]) -> None:
-        store = self.spaces
-        await store.sync()
-        for space in spaces:
-            if names := list(store.entries(space)):
-                await store.write(space, dict.fromkeys(names))
-
     # ---- leases -----------------------------------------------------------------------------------------------------
 
     def heart(self) -> RocketMQHeart:
         return RocketMQHeart(self)
-
-    async def leases(self) -> dict[str, bytes]:
-        topic = f"{self.prefix}stentor.leases"
-        now = time.time()
-        if self._leases_read < 0:
-            self._leases_read = await self._find(topic, 0, now - 60 - 3 * self.lease)
-        while True:
-            found = await self.pull(topic, 0, self._leases_read, PULL_COUNT)
-            for one in found:
-                name, value, length = _lease.decode(one.body)
-                self._leases[name] = (value, one.time + length)
-                self._leases_read = one.offset + 1
-            if not found:
-                if self._leases_read > self.beaten:
-                    break
-                await asyncio.sleep(0.002)
-        now = time.time()
-        self._leases = {name: lease for name, lease in self._leases.items() if lease[1] > now}
-        return {name: value for name, (value, _) in self._leases.items()}
 
 
 def send_fields(index: int) -> dict[str, Any]:
@@ -472,56 +420,47 @@ def pull_fields(index: int, offset: int, limit: int, wait: float) -> dict[str, A
     }  # fmt: skip
 
 
-class RocketMQReader:
+class Cursor:
+    """How far a partition is read."""
+
+    __slots__ = ("buffer", "room", "task")
+
+    def __init__(self) -> None:
+        self.buffer: deque[Read] = deque()
+        self.room = asyncio.Event()
+        self.task: asyncio.Task[None] | None = None
+
+
+class RocketMQFeed(Feed):
     """A pull under way for each partition, held by the server while there is nothing; one connection a broker."""
 
     def __init__(self, broker: RocketMQBroker) -> None:
+        super().__init__()
         self._broker = broker
         self._links: dict[str, Link] = {}
-        self._buffers: dict[Held, deque[tuple[Held, int, Message]]] = {}
-        self._tasks: dict[Held, asyncio.Task[None]] = {}
-        self._room: dict[Held, asyncio.Event] = {}
-        self._ready = asyncio.Event()
-        self._trouble: BrokerError | None = None
+        self._cursors: dict[Any, Cursor] = {}
         self._lock = asyncio.Lock()
 
-    def seek(self, held: Held, offset: int) -> None:
-        self.drop(held)
-        self._buffers[held] = deque()
-        self._room[held] = asyncio.Event()
-        self._tasks[held] = asyncio.create_task(self._follow(held, offset))
+    def seek(self, token: Any, topic: str, index: int, offset: int) -> None:
+        self.drop(token)
+        cursor = self._cursors[token] = Cursor()
+        cursor.task = asyncio.create_task(self._follow(cursor, token, topic, index, offset))
 
-    def drop(self, held: Held) -> None:
-        self._buffers.pop(held, None)
-        self._room.pop(held, None)
-        if (task := self._tasks.pop(held, None)) is not None:
-            task.cancel()
+    def drop(self, token: Any) -> None:
+        cursor = self._cursors.pop(token, None)
+        if cursor is not None and cursor.task is not None:
+            cursor.task.cancel()
 
-    async def read(self, limit: int, wait: float) -> Sequence[tuple[Held, int, Message]]:
-        found = self._take(limit)
-        if not found and wait:
-            self._ready.clear()
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(wait):
-                    await self._ready.wait()
-            found = self._take(limit)
-        if not found and (trouble := self._trouble) is not None:
-            self._trouble = None
-            raise trouble
-        return found
-
-    def _take(self, limit: int) -> list[tuple[Held, int, Message]]:
-        found: list[tuple[Held, int, Message]] = []
-        for held, buffer in list(self._buffers.items()):
-            if not buffer:
-                continue
-            while buffer and len(found) < limit:
-                found.append(buffer.popleft())
-            if len(buffer) < AHEAD:
-                self._room[held].set()
+    def take(self, limit: int) -> list[Read]:
+        found: list[Read] = []
+        for token, cursor in list(self._cursors.items()):
+            while cursor.buffer and len(found) < limit:
+                found.append(cursor.buffer.popleft())
+            if len(cursor.buffer) < AHEAD:
+                cursor.room.set()
             if len(found) == limit:
                 # The others come first the next time.
-                self._buffers[held] = self._buffers.pop(held)
+                self._cursors[token] = self._cursors.pop(token)
                 break
         return found
 
@@ -533,15 +472,12 @@ class RocketMQReader:
                 link = self._links[address] = await Link.connect(address, self._broker.signer, self._broker.context)
         return name, link
 
-    async def _follow(self, held: Held, offset: int) -> None:
-        broker, topic, index = self._broker, held.stored, held.index
-        short = topic.removeprefix(broker.prefix)
-        buffer, room = self._buffers[held], self._room[held]
+    async def _follow(self, cursor: Cursor, token: Any, topic: str, index: int, offset: int) -> None:
         pause = 0.05
         while True:
-            if len(buffer) >= AHEAD:
-                room.clear()
-                await room.wait()
+            if len(cursor.buffer) >= AHEAD:
+                cursor.room.clear()
+                await cursor.room.wait()
             try:
                 name, link = await self._link(topic)
                 fields = pull_fields(index, offset, PULL_COUNT, POLL) | {"topic": _stored(topic), "bname": name}
@@ -549,32 +485,33 @@ class RocketMQReader:
                 if found.code == OK:
                     for one in messages(found.body):
                         if one.offset >= offset:
-                            buffer.append((held, one.offset, unpack(one.body, short, f"{index}-{one.offset}")))
+                            cursor.buffer.append(Read(token, one.offset, one.time, one.body))
                             offset = one.offset + 1
                     pause = 0.05
-                    self._trouble = None
+                    if not isinstance(self._trouble, Removed):
+                        self._trouble = None
                     self._ready.set()
                 elif found.code == MOVED:
                     after = int(found.fields["nextBeginOffset"])
-                    if after > offset:
-                        offset = after
-                    else:
+                    if after <= offset:
                         await asyncio.sleep(0.02)  # it is not as far yet
+                        continue
+                    self.fail(
+                        Removed(f"{self._broker} removed {after - offset} unread messages of {topic} by their age")
+                    )
+                    offset = after
                 elif found.code not in (NOT_FOUND, TRY_AGAIN):
-                    raise failure(found, broker)
+                    raise failure(found, self._broker)
             except BrokerError as error:
-                if self._buffers.get(held) is not buffer:
-                    return
-                self._trouble = error
-                self._ready.set()
-                broker._homes.pop(_stored(topic), None)
+                self.fail(error)
+                self._broker._homes.pop(_stored(topic), None)
                 await asyncio.sleep(pause)
                 pause = min(2.0, pause * 2)
 
     async def close(self) -> None:
-        tasks = list(self._tasks.values())
-        for held in list(self._tasks):
-            self.drop(held)
+        tasks = [cursor.task for cursor in self._cursors.values() if cursor.task is not None]
+        for token in list(self._cursors):
+            self.drop(token)
         await asyncio.gather(*tasks, return_exceptions=True)
         for link in self._links.values():
             link.abort()
@@ -585,7 +522,7 @@ class RocketMQHeart:
 
     def __init__(self, broker: RocketMQBroker) -> None:
         self._broker = broker
-        self._topic = _stored(f"{broker.prefix}stentor.leases")
+        self._topic = _stored(broker.lease_topic)
         home = broker._homes.get(self._topic)
         if home is None:
             raise OSError("the broker is being looked for")
@@ -594,8 +531,7 @@ class RocketMQHeart:
 
     def beat(self, name: str, value: bytes, lease: float) -> None:
         fields = send_fields(0) | {"b": self._topic, "n": self._name}
-        body = msgspec.msgpack.encode((name, value, lease))
-        found = self._line.call(SEND_BATCH, fields, batch([body]))
+        found = self._line.call(SEND_BATCH, fields, batch([encode_lease((name, value, lease))]))
         if found.code != OK:
             raise OSError(f"the lease was not taken: {found.code}")
         self._broker.beaten = max(self._broker.beaten, int(found.fields["queueOffset"]))
@@ -605,78 +541,3 @@ class RocketMQHeart:
 
     def close(self) -> None:
         self._line.close()
-
-
-class _Generations:
-    """The generations of the store, each a topic; one more topic says which is the newest."""
-
-    def __init__(self, broker: RocketMQBroker) -> None:
-        self._broker = broker
-        self._newest = f"{broker.prefix}stentor.state"
-
-    async def open(self, generation: int) -> _Generation:
-        topic = f"{self._newest}.{generation}"
-        self._broker._homes.pop(_stored(topic), None)
-        await self._broker.make_topic(topic, 1)
-        return _Generation(self._broker, topic)
-
-    async def newest(self) -> int:
-        try:
-            first, end = await self._broker._bounds(self._newest, 0)
-        except UnknownTopic:
-            return 0
-        found = await self._broker.pull(self._newest, 0, max(first, end - PULL_COUNT), PULL_COUNT)
-        return max((struct.unpack(">q", one.body)[0] for one in found), default=0)
-
-    async def point(self, generation: int) -> None:
-        await self._broker.make_topic(self._newest, 1)
-        try:
-            await self._broker.send(self._newest, 0, [struct.pack(">q", generation)])
-        except PublishUnknown as error:
-            raise Unavailable(error.why) from None
-
-    async def drop(self, generation: int) -> None:
-        await self._broker.drop_topic(f"{self._newest}.{generation}")
-
-
-class _Generation:
-    """A topic of one queue; appends go one after the other, as the server's threads keep no order."""
-
-    def __init__(self, broker: RocketMQBroker, topic: str) -> None:
-        self._broker = broker
-        self._topic = topic
-        self._turn = asyncio.Lock()
-
-    async def append(self, record: bytes) -> object:
-        async with self._turn:
-            try:
-                return await self._broker.send(self._topic, 0, [record])
-            except UnknownTopic as error:
-                raise Dropped(str(error)) from None
-            except PublishUnknown as error:
-                raise Unavailable(error.why) from None
-
-    async def tail(self, start: int) -> AsyncGenerator[tuple[int, bytes], None]:
-        broker, offset = self._broker, start
-        while True:
-            try:
-                name, address = await broker.home(self._topic)
-                fields = pull_fields(0, offset, PULL_COUNT, POLL) | {"topic": _stored(self._topic), "bname": name}
-                found = await broker._call(address, PULL, fields, patience=POLL + 10)
-            except UnknownTopic as error:
-                raise Dropped(str(error)) from None
-            except Unavailable:
-                broker._homes.pop(_stored(self._topic), None)
-                raise
-            if found.code == OK:
-                for one in messages(found.body):
-                    if one.offset >= offset:
-                        offset = one.offset + 1
-                        yield one.offset, one.body
-            elif found.code == MOVED:
-                if int(found.fields["nextBeginOffset"]) > offset:
-                    raise Unavailable(f"{broker}: RocketMQ removed what the groups' places are made of (by its age)")
-                await asyncio.sleep(0.02)
-            elif found.code not in (NOT_FOUND, TRY_AGAIN):
-                refusal = failure(found, broker)
-                raise Dropped(str(refusal)) if isinstance(refusal, UnknownTopic) else refusal

@@ -18,6 +18,7 @@ from typing import Any
 import msgspec
 from msgspec import Struct
 
+from stentor.brokers.trust import refused
 from stentor.errors import AuthenticationFailed, BrokerError, StorageFull, TooLarge, Unavailable, UnknownTopic
 
 SEND_BATCH = 320
@@ -190,7 +191,7 @@ class Link(asyncio.Protocol):
             async with asyncio.timeout(5):
                 _, link = await loop.create_connection(lambda: cls(name, signer), host, port, ssl=context)
         except ssl.SSLCertVerificationError as error:
-            raise AuthenticationFailed(f"the certificate of {name} is refused: {error.verify_message}") from None
+            raise refused(name, str(error)) from None
         except (OSError, TimeoutError) as error:
             raise Unavailable(f"{name} cannot be reached: {str(error) or 'no answer within 5 s'}") from None
         return link

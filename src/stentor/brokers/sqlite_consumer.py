@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import Callable, Collection, Sequence
 from typing import TYPE_CHECKING, Any
@@ -24,6 +25,11 @@ _PLACE = ("grp", "topic", "slot", "prefix", "done")
 
 class SqliteConsumer:
     """A member of a group, with the slots it owns."""
+
+    until = math.inf
+
+    async def sure(self) -> None:
+        """A process beats for as long as it runs: only one that was stopped loses its lease unaware."""
 
     def __init__(self, broker: SqliteBroker, subscription: Subscription, owner: Owner, group: int) -> None:
         self.broker = broker

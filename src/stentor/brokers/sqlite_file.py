@@ -453,11 +453,15 @@ class SqliteFile:
                 return  # a reader is in the way; the next one will do it
 
     async def query(self, question: Callable[[sqlite3.Connection], T]) -> T:
-        """Run a reading function on a connection of its own, outside the event loop. Raises BrokerError."""
+        """Run a reading function on a connection of its own, outside the event loop. Raises BrokerError.
+
+        All that it reads is of one moment: what is stored between two of its reads must not be in neither.
+        """
 
         def ask() -> T:
             db = self.connect(read_only=True)
             try:
+                db.execute("BEGIN")
                 return question(db)
             finally:
                 db.close()

@@ -86,7 +86,8 @@ class Track:
                     self.prefix = outstanding[0]
             else:
                 self.prefix = self.next
-                self.done.clear()
+                if self.done:  # what an earlier owner did further on, and nothing that the log has lost
+                    self.done = {done for done in self.done if done >= self.next}
         else:
             self.done.add(offset)
 

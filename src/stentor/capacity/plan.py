@@ -14,7 +14,7 @@ from stentor.capacity.replay import replay
 from stentor.capacity.times import Times, arrivals
 from stentor.errors import DefinitionError
 
-SIMULATED = 100_000
+SIMULATED = 300_000
 """Events of a modelled run."""
 QUANTILES = (0.5, 0.95, 0.99)
 MOST_WORKERS = 1024

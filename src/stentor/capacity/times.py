@@ -111,33 +111,35 @@ def arrivals(rate: float, service: Sequence[float], count: int, *, cv: float = 1
     return Times(at=at, service=chance.choices(service, k=count), keys=keys)
 
 
-def recorded(path: Path) -> Times:
+def recorded(path: Path, *, service: bool = True) -> Times:
     """Events from a file: CSV with a heading, or JSON Lines, with ``time``, ``service`` in seconds, and ``key`` or not.
 
-    ``time`` is in seconds since any moment, or RFC 3339. Rows are in order of time.
+    ``time`` is in seconds since any moment, or RFC 3339. Rows are in order of time. ``service=False`` asks for no
+    service times, and gives none.
 
     Raises:
         DefinitionError: The file is not like that; the message names the line and what is wrong with it.
     """
     at: list[float] = []
-    service: list[float] = []
+    services: list[float] = []
     keys: list[str | None] = []
     for line, row in _rows(path):
         where = f"{path}, line {line}"
         now = _number(row, "time", where)
-        took = _number(row, "service", where)
-        if took <= 0:
-            raise DefinitionError(f"{where}: a service time has to be above 0, not {took:g}")
+        if service:
+            took = _number(row, "service", where)
+            if took <= 0:
+                raise DefinitionError(f"{where}: a service time has to be above 0, not {took:g}")
+            services.append(took)
         if at and now < at[-1]:
             raise DefinitionError(f"{where}: the time goes back from {at[-1]:g} to {now:g}; sort the file by time")
         at.append(now)
-        service.append(took)
         keys.append(str(row["key"]) if row.get("key") not in (None, "") else None)
     if len(at) < 2:
         raise DefinitionError(f"{path}: {len(at)} events are too few; a rate needs two at least")
     if at[-1] == at[0]:
         raise DefinitionError(f"{path}: all events have the same time, so there is no rate")
-    return Times(at=[now - at[0] for now in at], service=service, keys=keys if any(keys) else ())
+    return Times(at=[now - at[0] for now in at], service=services, keys=keys if any(keys) else ())
 
 
 def _rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -168,7 +170,7 @@ def _object(line: str, where: str) -> dict[str, Any]:
 def _number(row: dict[str, Any], name: str, where: str) -> float:
     value = row.get(name)
     if value in (None, ""):
-        raise DefinitionError(f"{where}: there is no {name!r}; each event needs time and service")
+        raise DefinitionError(f"{where}: there is no {name!r}, which each event needs")
     try:
         found = float(value)
     except (TypeError, ValueError):

@@ -28,11 +28,18 @@ SECTIONS = {
         "topics": "List the topics and what they hold.",
         "groups": "List, rename or drop consumer groups.",
         "lag": "Show what each group has still to do.",
+        "top": "Show what running programs do now: arrivals, throughput, how busy, how long.",
         "dead": "List, show, redrive or drop dead letters.",
         "doctor": "Find what weakens durability, or stands in the way.",
     },
     "Plan": {
         "capacity": "Predict throughput and latency, and how many workers a load needs.",
+        "bench": "Put an app under load, on one broker or several, with faults or without.",
+        "choose": "Say which queue fits a load, and what would change that.",
+    },
+    "Connect": {
+        "gateway": "Make Envoy or APISIX the event bus between services.",
+        "scaler": "Tell KEDA how many processes a group needs, as an external scaler.",
     },
     "Act": {
         "publish": "Publish an event, or many from standard input.",

@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import math
 import re
+import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 import msgspec
 
 from stentor.capacity import Answer, Setup, Times, answer, drain_time, fitted, lag_after, largest_rate, limits, recorded
 from stentor.capacity import workers_for as fewest_workers
-from stentor.cli.exits import advise
+from stentor.cli.exits import NotFound, advise
 from stentor.cli.options import duration, json_option
-from stentor.cli.output import plural, print_json, print_table, span
+from stentor.cli.output import plural, print_json, print_table
 from stentor.clock import seconds
+from stentor.observe.text import per_second, short_time, span
+
+if TYPE_CHECKING:
+    from stentor.observe.flow import Flow
 
 _RATE = re.compile(r"([\d_.,]+(?:e\d+)?)\s*(k|m)?\s*(?:/\s*(s|sec|min|m|h|d))?", re.IGNORECASE)
 _PER = {"s": 1, "sec": 1, "min": 60, "m": 60, "h": 3600, "d": 86400}
@@ -43,6 +48,11 @@ class Rate(click.ParamType[float]):
 
 @click.command()
 @click.argument("file", type=click.Path(path_type=Path), required=False)
+@click.option(
+    "--url", "urls", metavar="URL", multiple=True, help="Of a running process (`run --http`); name all of them."
+)
+@click.option("--group", metavar="NAME", help="With --url: the group, where there are several.")
+@click.option("--during", metavar="TIME", default="10s", callback=duration, show_default=True, help="With --url.")
 @click.option("--rate", type=Rate(), metavar="RATE", help='λ, arrivals: "500/s", "2k/s", "30000/min".')
 @click.option("--service", metavar="TIME", callback=duration, help="What a handler takes on average.")
 @click.option("--cv", default=1.0, show_default=True, help="How service times vary: deviation over mean.")
@@ -61,16 +71,23 @@ class Rate(click.ParamType[float]):
 @json_option
 def capacity(
     file: Path | None, rate: float | None, service: str | None, cv: float, arrival_cv: float | None, hot: float | None,
-    p99: str | None, backlog: float | None, outage: str | None, plot: Path | None, *, as_json: bool, **size: Any,
+    p99: str | None, backlog: float | None, outage: str | None, plot: Path | None, *, urls: tuple[str, ...],
+    group: str | None, during: str, as_json: bool, **size: Any,
 ) -> None:  # fmt: skip
     """Predict throughput and latency, and how many workers a load needs.
 
-    From numbers (--rate and --service), or from a FILE of recorded events: CSV or JSON Lines with "time", "service" in
-    seconds, and "key" or not. An option given beside a FILE wins over what the file says.
+    From numbers (--rate and --service), from a FILE of recorded events (CSV or JSON Lines with "time", "service" in
+    seconds, and "key" or not), or from a running program (--url), which is watched for a while. An option given beside
+    a FILE or --url wins over what they say.
     """
+    if urls and file is not None:
+        raise click.UsageError("give a FILE or --url, not both")
     times = None if file is None else recorded(file)
     size["broker"] = size.pop("broker_rate")
-    setup = _setup(times, rate, service, cv, arrival_cv, hot, size)
+    if urls:
+        setup = _running(_watched(urls, group, seconds(during)), rate, service, cv, arrival_cv, hot, size)
+    else:
+        setup = _setup(times, rate, service, cv, arrival_cv, hot, size)
     replayed = times if rate is None and service is None else None
     found = answer(setup, replayed)
     asked = _ask(setup, p99, backlog, outage)
@@ -89,13 +106,51 @@ def _setup(
     hot: float | None, size: dict[str, Any],
 ) -> Setup:  # fmt: skip
     if times is None and (rate is None or service is None):
-        raise click.UsageError("give --rate and --service, or a FILE of recorded events")
+        raise click.UsageError(
+            "give --rate and --service, a FILE of recorded events, or the --url of a running program"
+        )
     services = fitted(seconds(service), cv) if service is not None else times.service if times else []
     return Setup(
         rate=rate or (times.rate if times else 0.0),
         service=services,
         arrival_cv=arrival_cv if arrival_cv is not None else times.arrival_cv if times else 1.0,
         hot=hot if hot is not None else times.hottest if times else 0.0,
+        **size,
+    )
+
+
+def _watched(urls: tuple[str, ...], group: str | None, during: float) -> Flow:
+    """What a group of a running program does. Raises Unavailable, NotFound."""
+    from stentor.observe.flow import between, read
+
+    before = read(urls)
+    time.sleep(during)
+    flows = {flow.group: flow for flow in between(before, read(urls))}
+    busy = [flow for flow in flows.values() if flow.service.count]
+    if group is None and len(busy) == 1:
+        return busy[0]
+    if group not in flows:
+        known = ", ".join(flow.group for flow in busy or flows.values())
+        raise NotFound(f"name one of the groups with --group: {known or 'there is none'}")
+    if not flows[group].service.count:
+        raise NotFound(f"{group} handled nothing within {during:g} s; give it load, or --during more")
+    return flows[group]
+
+
+def _running(
+    flow: Flow, rate: float | None, service: str | None, cv: float, arrival_cv: float | None, hot: float | None,
+    size: dict[str, Any],
+) -> Setup:  # fmt: skip
+    """A program as it runs; how the gaps between arrivals vary is not seen from outside, and taken to be at random."""
+    measured = {"concurrency": flow.concurrency, "workers": flow.processes, "partitions": max(1, flow.partitions)}
+    given = click.get_current_context().get_parameter_source
+    default = click.core.ParameterSource.DEFAULT
+    size |= {name: value for name, value in measured.items() if given(name) is default}
+    return Setup(
+        rate=rate or flow.arrivals or flow.throughput,
+        service=fitted(seconds(service), cv) if service is not None else flow.service.points(),
+        arrival_cv=1.0 if arrival_cv is None else arrival_cv,
+        hot=hot if hot is not None else flow.hottest[1] if flow.hottest else 0.0,
         **size,
     )
 
@@ -125,10 +180,10 @@ def _show(setup: Setup, found: Answer, asked: dict[str, Any]) -> None:
     where = f"{setup.concurrency} in each of {setup.at_work}, {plural(setup.partitions, 'partition')}"
     busy = f"{found.in_flight:,.1f} events at once; {found.waits:.1%} wait for a handler"
     rows = [
-        ("arrivals (λ)", _rate(found.rate), f"gaps vary by {setup.arrival_cv:.2f}"),
-        ("service", _time(setup.mean), f"varies by {setup.service_cv:.2f}"),
+        ("arrivals (λ)", per_second(found.rate), f"gaps vary by {setup.arrival_cv:.2f}"),
+        ("service", short_time(setup.mean), f"varies by {setup.service_cv:.2f}"),
         ("handlers", f"{setup.lanes:,}", where),
-        ("throughput (X)", _rate(found.throughput), f"at most {_rate(limit.rate)}: {limit.name}"),
+        ("throughput (X)", per_second(found.throughput), f"at most {per_second(limit.rate)}: {limit.name}"),
         ("utilisation (ρ)", f"{found.utilisation:.2f}", busy),
     ]
     print_table(("", ">", ""), rows)
@@ -137,10 +192,10 @@ def _show(setup: Setup, found: Answer, asked: dict[str, Any]) -> None:
         names = [f">{name}" for name in found.closed]
         ways = {"simulated": found.simulated, "closed form": found.closed}
         print_table(
-            ("from arrival to end", *names), [(way, *map(_time, values.values())) for way, values in ways.items()]
+            ("from arrival to end", *names), [(way, *map(short_time, values.values())) for way, values in ways.items()]
         )
     click.echo()
-    bounds = [(one.name, _rate(one.rate), one.advice) for one in limits(setup)]
+    bounds = [(one.name, per_second(one.rate), one.advice) for one in limits(setup)]
     print_table(("limit", ">rate", "~what raises it"), bounds)
     lines = list(_answers(asked))
     if lines:
@@ -154,8 +209,11 @@ def _answers(asked: dict[str, Any]) -> Iterator[tuple[str, str]]:
     if "p99" in asked:
         wanted, workers, rate = asked["p99"].values()
         enough = "no number of them is enough" if workers is None else f"{workers}"
-        yield f"workers for a p99 of {_time(wanted)}", enough
-        yield f"the largest load for a p99 of {_time(wanted)}", _rate(rate) if rate else "none: one event takes longer"
+        yield f"workers for a p99 of {short_time(wanted)}", enough
+        yield (
+            f"the largest load for a p99 of {short_time(wanted)}",
+            per_second(rate) if rate else "none: one event takes longer",
+        )
     if "drain" in asked:
         yield f"to work off {asked['drain']['events']:,.0f} events", _span(asked["drain"]["seconds"])
     if "outage" in asked:
@@ -165,15 +223,3 @@ def _answers(asked: dict[str, Any]) -> Iterator[tuple[str, str]]:
 
 def _span(value: float | None) -> str:
     return "never: the load is as large as what it carries" if value is None else span(value)
-
-
-def _rate(value: float) -> str:
-    return f"{value:,.0f}/s" if value >= 100 else f"{value:.3g}/s"
-
-
-def _time(value: float) -> str:
-    """A short time with three digits: 12.3 ms, 1.20 s."""
-    for limit, factor, unit in ((1e-3, 1e6, "µs"), (1.0, 1e3, "ms")):
-        if value < limit:
-            return f"{value * factor:.3g} {unit}"
-    return f"{value:.3g} s" if value < 120 else span(value)

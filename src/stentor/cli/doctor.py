@@ -18,10 +18,11 @@ from stentor.broker import Broker, Finding, Verdict
 from stentor.cli.exits import FAILED, fold
 from stentor.cli.load import load_app
 from stentor.cli.options import broker_option, json_option
-from stentor.cli.output import is_terminal, print_json, size, span
+from stentor.cli.output import is_terminal, print_json, size
 from stentor.cli.session import database, describe, survival
 from stentor.connect import BrokerUrl, broker_url, connect
 from stentor.errors import StentorError
+from stentor.observe.text import span
 
 LITTLE_SPACE = 1 << 30
 NO_SPACE = 100 << 20

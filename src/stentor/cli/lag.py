@@ -11,11 +11,12 @@ import click
 from stentor.broker import Broker
 from stentor.cli.exits import NotFound
 from stentor.cli.options import broker_option, duration, json_option
-from stentor.cli.output import console, is_terminal, make_table, print_json, print_table, span
+from stentor.cli.output import console, is_terminal, make_table, print_json, print_table
 from stentor.cli.session import opened
 from stentor.cli.topics import INTERNAL
 from stentor.clock import iso, seconds
 from stentor.message import Lag
+from stentor.observe.text import span
 
 COLUMNS = ("~group", "~topic", ">waiting", ">oldest", ">parked", ">members")
 

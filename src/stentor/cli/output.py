@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 import click
 import msgspec
 
+from stentor.observe.text import span
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -81,16 +83,6 @@ def printable(text: str) -> str:
 def ago(timestamp: float | None, now: float) -> str:
     """How long ago a time was, short."""
     return "-" if timestamp is None else f"{span(max(0.0, now - timestamp))} ago"
-
-
-def span(seconds: float) -> str:
-    """A length of time, short: 0.4 s, 12 s, 3 min, 5 h, 2 d."""
-    if seconds < 1:
-        return f"{seconds:.1f} s"
-    for limit, unit, name in ((120, 1, "s"), (7200, 60, "min"), (172800, 3600, "h")):
-        if seconds < limit:
-            return f"{seconds / unit:.0f} {name}"
-    return f"{seconds / 86400:.0f} d"
 
 
 def size(count: int | None) -> str:

@@ -10,23 +10,66 @@ import socket
 import time
 from collections import Counter
 from contextlib import AbstractAsyncContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import click
+import msgspec
 from msgspec import Struct
 
 from stentor import __version__
 from stentor.app import App
 from stentor.cli import logs
 from stentor.cli.exits import INTERRUPTED, OK
+from stentor.cli.link import Link
 from stentor.cli.load import load_app
 from stentor.cli.options import broker_option, duration
-from stentor.cli.output import plural, span
+from stentor.cli.output import plural
 from stentor.cli.session import describe
+from stentor.clock import seconds
 from stentor.errors import ConfigError, DefinitionError
+from stentor.health import Health
+from stentor.observe.text import span
 from stentor.program import Program
 
 log = logging.getLogger("stentor.run")
+MOST = 1024
+PATIENCE = 1.0
+"""Seconds that a supervisor has to tell what its other workers do; it waits for each of them for half of it."""
+
+
+class Bounds(Struct, frozen=True):
+    """How many workers there may be."""
+
+    least: int
+    most: int
+
+    def __str__(self) -> str:
+        return f"{self.least}..{self.most}" if self.scaled else str(self.least)
+
+    @property
+    def scaled(self) -> bool:
+        return self.least < self.most
+
+
+class Workers(click.ParamType[Bounds]):
+    """A number of processes, or its bounds: 4, 1..4, or auto for one up to as many as there are cores."""
+
+    name = "workers"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Bounds:
+        if isinstance(value, Bounds):
+            return value
+        if value == "auto":
+            return Bounds(1, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+        least, dots, most = value.partition("..")
+        try:
+            found = Bounds(int(least), int(most if dots else least))
+        except ValueError:
+            self.fail(f"{value!r} is no number of workers; write 4, 1..4 or auto", param, ctx)
+        if not 1 <= found.least <= found.most <= MOST:
+            self.fail(f"{value!r}: workers are 1 to {MOST:,}, the lower bound first", param, ctx)
+        return found
 
 
 class Options(Struct, frozen=True, kw_only=True):
@@ -46,7 +89,29 @@ class Options(Struct, frozen=True, kw_only=True):
 @click.option("--only", metavar="NAME", multiple=True, help="Run only this group; may be repeated.")
 @click.option("--except", "skip", metavar="NAME", multiple=True, help="Leave this group out; may be repeated.")
 @click.option(
-    "--workers", "-w", metavar="N", type=click.IntRange(1, 1024), default=1, help="Processes that share the work."
+    "--workers",
+    "-w",
+    metavar="N|MIN..MAX|auto",
+    type=Workers(),
+    default="1",
+    show_default=True,
+    help="Processes that share the work; between bounds they come and go with it; auto: 1 up to the cores.",
+)
+@click.option(
+    "--lag",
+    metavar="TIME",
+    default="10s",
+    callback=duration,
+    show_default=True,
+    help="Workers come when an event waits longer.",
+)
+@click.option(
+    "--cooldown",
+    metavar="TIME",
+    default="1m",
+    callback=duration,
+    show_default=True,
+    help="Workers go when fewer were enough for so long.",
 )
 @click.option("--reload", is_flag=True, help="Start again when a .py file changes; for development.")
 @click.option("--http", metavar="HOST:PORT", help="Serve event ingress, health and metrics; worker 1 does.")
@@ -67,7 +132,9 @@ def run(
     url: str | None,
     only: tuple[str, ...],
     skip: tuple[str, ...],
-    workers: int,
+    workers: Bounds,
+    lag: str,
+    cooldown: str,
     reload: bool,
     http: str | None,
     grace: str,
@@ -84,18 +151,21 @@ def run(
     """
     logs.set_up(log_level, as_json=log_json, worker=worker)
     options = Options(url=url, only=only, skip=skip, http=http, grace=grace, new_groups=new_groups or reload)
-    if supervised is None and (workers > 1 or reload):
+    if supervised is None and (workers.most > 1 or reload):
         from stentor.cli.supervise import Supervisor
+        from stentor.scaling.need import Scale
 
-        if workers > 1:
+        if workers.most > 1:
             _check_shared(target, url, workers)
         logging_options = ["--log-level", log_level, *(["--log-json"] if log_json else [])]
-        ctx.exit(asyncio.run(Supervisor(target, options, workers, logging_options, reload=reload).run()))
+        scale = Scale(workers.least, workers.most, seconds(cooldown)) if workers.scaled else None
+        supervisor = Supervisor(target, options, workers, logging_options, reload=reload, scale=scale, lag=seconds(lag))
+        ctx.exit(asyncio.run(supervisor.run()))
     app = load_app(target)
     ctx.exit(asyncio.run(_run(app, options, supervised, worker)))
 
 
-def _check_shared(target: str, url: str | None, workers: int) -> None:
+def _check_shared(target: str, url: str | None, workers: Bounds) -> None:
     """Refuse several processes on a broker that lives in one. Raises ConfigError, or CannotLoad."""
     from stentor.connect import BrokerUrl, broker_url, connect
 
@@ -113,23 +183,32 @@ class _Stop:
     Before ``started`` is set it cancels the start; a second signal ends the process at once.
     """
 
-    def __init__(self, link: int | None) -> None:
+    def __init__(self) -> None:
         self.asked = asyncio.Event()
         self.failure: BaseException | None = None
-        self.started = False
+        self.started = asyncio.Event()
         self._task = asyncio.current_task()
-        self._loop = asyncio.get_running_loop()
-        self._supervisor = None if link is None else socket.socket(fileno=link)
+        loop = asyncio.get_running_loop()
         for number in (signal.SIGINT, signal.SIGTERM):
-            self._loop.add_signal_handler(number, self._signal)
-        if self._supervisor is not None:
-            self._loop.add_reader(self._supervisor, self._heard)
+            loop.add_signal_handler(number, self._signal)
 
-    def ready(self) -> None:
-        """Tell the supervisor, if there is one."""
-        self.started = True
-        if self._supervisor is not None:
-            self._supervisor.send(b"ready")
+    async def supervised(self, fd: int, app: App) -> Link:
+        """Answer the supervisor at the other end of a socket, from the start on: it may die before we are ready."""
+
+        def health() -> Health:
+            program = app.program
+            assert program is not None, "asked for figures before it said that it is ready"
+            return Health(program)
+
+        async def figures() -> Any:
+            return health().figures()
+
+        async def lag() -> Any:
+            return msgspec.to_builtins((await health().lag())[0])
+
+        link = Link({"ready": self.started.wait, "figures": figures, "lag": lag}, self._orphaned)
+        await link.open(socket.socket(fileno=fd))
+        return link
 
     def fatal(self, error: BaseException) -> None:
         self.failure = self.failure or error
@@ -140,39 +219,42 @@ class _Stop:
             log.warning("stopped at once by a second signal")
             os._exit(INTERRUPTED)
         self.asked.set()
-        if not self.started and self._task is not None:
+        if not self.started.is_set() and self._task is not None:
             self._task.cancel()
 
-    def _heard(self) -> None:
-        """The supervisor says nothing; what can be read is the end, because it died."""
-        if self._supervisor is not None:
-            self._loop.remove_reader(self._supervisor)
+    def _orphaned(self) -> None:
         log.warning("the supervisor is gone")
         self._signal()
 
 
-async def _run(app: App, options: Options, link: int | None, worker: int | None) -> int:
+async def _run(app: App, options: Options, fd: int | None, worker: int | None) -> int:
     began = time.monotonic()
-    stop = _Stop(link)
+    stop = _Stop()
     if not app.groups():
         raise DefinitionError(f"app {app.name!r} has no handler, timer or source, so there is nothing to run")
+    link = None if fd is None else await stop.supervised(fd, app)
     try:
         async with app.running(
             url=options.url, grace=options.grace, new_groups=options.new_groups, on_fatal=stop.fatal, connect_only=True
         ) as program:
             if worker in (None, 1):
                 _announce(program, options)
+            if link is not None and worker is not None:
+                program.worker, program.others = worker, partial(link.ask, "others", PATIENCE)
             await program.start(options.only, options.skip)
             async with _http(app, options.http):
-                stop.ready()
+                stop.started.set()
                 log.info("ready after %s, pid %d", span(time.monotonic() - began), os.getpid())
                 counts = [running.counts for running in program.workers]
                 await stop.asked.wait()
                 log.info("stopping: what runs may take another %s; the rest is given back", options.grace)
     except asyncio.CancelledError:
-        if stop.started or not stop.asked.is_set():
+        if stop.started.is_set() or not stop.asked.is_set():
             raise
         return OK
+    finally:
+        if link is not None:
+            link.close()
     total: Counter[str] = Counter()
     for count in counts:
         total.update({name: getattr(count, name) for name in ("handled", "failed", "dead")})

@@ -1,23 +1,27 @@
-"""Which .py files under the current directory change; by looking at them, twice a second."""
+"""Which .py files under the current directory, and which others that are named, change; by looking, twice a second."""
 
 from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 INTERVAL = 0.5
 SKIPPED = {"__pycache__", "node_modules", "site-packages", "build", "dist"}
 
 
-async def changed_files(folder: str = ".") -> AsyncIterator[set[str]]:
-    """Sets of files that changed, appeared or went; a burst of changes comes as one."""
-    known = await asyncio.to_thread(_snapshot, folder)
+def changed_files(folder: str = ".", also: Sequence[Path] = ()) -> AsyncIterator[set[str]]:
+    """Sets of files that changed, appeared or went since this call; a burst of changes comes as one."""
+    return _changes(_snapshot(folder, also), folder, also)
+
+
+async def _changes(known: dict[str, int], folder: str, also: Sequence[Path]) -> AsyncIterator[set[str]]:
     before: set[str] = set()
     while True:
         await asyncio.sleep(INTERVAL)
-        now = await asyncio.to_thread(_snapshot, folder)
+        now = await asyncio.to_thread(_snapshot, folder, also)
         different = {path for path in known.keys() | now.keys() if known.get(path) != now.get(path)}
         known = now
         if different:
@@ -27,8 +31,12 @@ async def changed_files(folder: str = ".") -> AsyncIterator[set[str]]:
             before = set()
 
 
-def _snapshot(folder: str) -> dict[str, int]:
-    return dict(_files(folder))
+def _snapshot(folder: str, also: Sequence[Path]) -> dict[str, int]:
+    found = dict(_files(folder))
+    for path in also:
+        with suppress(OSError):
+            found[str(path)] = path.stat().st_mtime_ns
+    return found
 
 
 def _files(folder: str) -> Iterator[tuple[str, int]]:

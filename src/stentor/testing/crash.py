@@ -76,6 +76,8 @@ class _Consumer:
         self._inner = inner
         self._group = group
         self._faults = faults
+        self.until = inner.until
+        self.sure = inner.sure
         self.start = inner.start
         self.names = inner.names
         self.read = inner.read

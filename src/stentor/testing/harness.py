@@ -24,6 +24,7 @@ from stentor.event import EventLike, Outgoing, Topic, spec_of
 from stentor.group import Group
 from stentor.message import DeadLetter, Delivery, Message, Partition, Receipt, dead_topic, decode_dead_letter
 from stentor.plan import Route
+from stentor.priority import rank
 from stentor.program import Program
 from stentor.testing.clock import VirtualClock
 from stentor.testing.crash import POINTS, Crash, Faults, FaultyBroker, Point, crash_point, kill
@@ -172,6 +173,7 @@ class Harness:
             for app in self.apps:
                 running = app.running(
                     broker=self.broker, overrides=self._overrides, clock=self.clock, adapt=self._adapt, only=only,
+                    threads=self._threads,
                     on_fatal=self._fail, grace="0s",
                 )  # fmt: skip
                 self._programs.append(await stack.enter_async_context(running))
@@ -396,6 +398,7 @@ class Harness:
         await kill(old)
         plan = program.plan(group, program.groups[group], old.plan.subscription)
         program.workers[index] = Worker(plan, self.broker, program.catalog, self.clock, program.runtime)
+        rank(program.workers)
         await program.workers[index].start()
 
     def _adapt(self, route: Route) -> None:
@@ -453,15 +456,21 @@ def harness(
 class HandlerContext(Context):
     """A Context for calling a handler directly; it keeps what the handler does with it.
 
-    ``published`` are the events it published, ``progressed`` the progress it recorded. Set ``stopping`` to try a stop.
+    ``published`` are the events it published, ``progressed`` the progress it recorded, ``held`` why it paused its
+    group. Set ``stopping`` to try a stop.
     """
 
-    __slots__ = ("progressed", "published")
+    __slots__ = ("held", "progressed", "published")
 
     def __init__(self, runtime: Runtime, group: str, delivery: Delivery, attempt: int, state: bytes | None) -> None:
         super().__init__(_Host(group, runtime), delivery, attempt, state)
         self.published: list[Any] = []
         self.progressed: list[Progress] = []
+        self.held: list[str] = []
+
+    def hold(self, time: Duration, reason: str) -> None:
+        seconds(time, "ctx.hold: time")
+        self.held.append(reason)
 
     def add(self, events: Any) -> None:
         super().add(events)
@@ -483,6 +492,7 @@ class _Host:
     def __init__(self, group: str, runtime: Runtime) -> None:
         self.group = group
         self.runtime = runtime
+        self.hold = None
 
     async def progress(self, delivery: Delivery, progress: Progress) -> None:
         """Never called: a HandlerContext keeps its progress itself."""

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable
 from datetime import timedelta
 
 import pytest
 
 from stentor.app import App
+from stentor.connect import BrokerUrl
 from stentor.errors import ConfigError
 from stentor.testing.conformance.events import Job, jobs
 from stentor.testing.conformance.faults import Point
@@ -167,6 +169,22 @@ class Kills(FleetScene):
 class Moves(FleetScene):
     """Rule 4: order while partitions move between processes."""
 
+    async def test_r02_another_takes_over(self, fleet: Fleet, record_property: Callable[[str, object], None]) -> None:
+        """What comes for the keys of a killed member is handled by one that was there already."""
+        killed = await fleet.start()
+        await fleet.publish(jobs(25, 1))
+        await fleet.all_handled()
+        other = await fleet.start()
+        await killed.kill()
+        began = time.monotonic()
+        await fleet.publish([Job(key=f"k{n}", n=1) for n in range(25)])
+        await fleet.all_handled()
+        record_property("takeover", time.monotonic() - began)
+        record_property("lease", BrokerUrl(fleet.stage.url).option("lease", 10.0, float))
+        assert {entry.who for entry in fleet.ledger.read("end") if entry.n == 1} == {other.who}
+        audit = fleet.audit()
+        assert audit.clean, audit
+
     async def test_r04_members_come_and_go(self, fleet: Fleet) -> None:
         """Under load and with failing events, members join, stop and are killed: order holds, nothing is lost."""
         acts = [Act(do="fail", every=7, below=3), Act(do="sleep", seconds=0.001)]
@@ -221,6 +239,7 @@ class Moves(FleetScene):
         await fleet.publish(jobs("a b", 4))
         [letter] = await fleet.stage.dead("work")
         await fleet.all_handled(but=3)
+        await until(lambda: fleet.stage.parked("work"))  # the letter may be there before the record of it
         await first.kill()
         await fleet.start(acts=acts, attempts=1, park=True)
         await fleet.publish([Job(key="a", n=4), Job(key="b", n=4)])

@@ -79,9 +79,9 @@ class FaultyBroker:
     async def check(self) -> None:
         if self.gone:
             await asyncio.get_running_loop().create_future()
-        if self.away is not None:
+        if (away := self.away) is not None:
             await asyncio.sleep(0)
-            raise self.away
+            raise away
 
 
 class FaultyConsumer:
@@ -91,6 +91,13 @@ class FaultyConsumer:
         self.inner = inner
         self._broker = broker
         self._messages: dict[tuple[Partition, int], Message] = {}
+
+    @property
+    def until(self) -> float:
+        return self.inner.until
+
+    async def sure(self) -> None:
+        await self.inner.sure()
 
     async def start(self) -> None:
         await self.inner.start()

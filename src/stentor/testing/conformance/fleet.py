@@ -6,6 +6,7 @@ They are processes where the broker is shared between processes, else they live 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import signal
 import sys
@@ -22,6 +23,7 @@ from stentor.testing.conformance.faults import FaultyBroker
 from stentor.testing.conformance.ledger import Audit, Entry, Ledger
 from stentor.testing.conformance.program import Script, play
 from stentor.testing.conformance.stage import PATIENCE, Scene, Stage, until
+from stentor.testing.conformance.stands import stands
 
 
 class Member(Protocol):
@@ -42,6 +44,10 @@ class Member(Protocol):
 
     async def pause(self) -> None:
         """SIGSTOP, for longer than its lease."""
+        ...
+
+    async def stands(self) -> str:
+        """Where its tasks stand, for a test that has waited for too long."""
         ...
 
     async def resume(self) -> None: ...
@@ -86,6 +92,13 @@ class ProcessMember:
 
     async def resume(self) -> None:
         self.process.send_signal(signal.SIGCONT)
+
+    async def stands(self) -> str:
+        before = len(self._errors.read_bytes())
+        self.process.send_signal(signal.SIGUSR1)
+        with contextlib.suppress(AssertionError):
+            await until(lambda: self._errors.read_bytes()[before:].endswith(b"\n\n"), "it says where it stands", 5)
+        return f"{self.who}:\n{self._errors.read_text()[-6000:]}"
 
 
 class LocalMember:
@@ -151,6 +164,9 @@ class LocalMember:
     async def resume(self) -> None:
         pass
 
+    async def stands(self) -> str:
+        return stands()
+
 
 class Fleet:
     """The members of one test, their ledger, and what is published to them."""
@@ -165,7 +181,8 @@ class Fleet:
         self._dying = asyncio.Lock()
 
     def script(self, **options: Any) -> Script:
-        return Script(url=self.stage.url, ledger=str(self.ledger.path), factory=self._factory, **options)
+        given = {"url": self.stage.url, "ledger": str(self.ledger.path), "factory": self._factory, **options}
+        return Script(**given)
 
     async def start(self, **options: Any) -> Member:
         """Start a member; options are those of Script."""

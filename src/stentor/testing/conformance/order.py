@@ -172,13 +172,16 @@ class Ordering(Scene):
     async def test_r04_retries_move_with_their_key(self, stage: Stage) -> None:
         """A key that waits for a retry when its member leaves goes on with the next one, in order, attempts kept."""
         seen: list[tuple[int, int]] = []
+        failed = 0
 
         def member(fail: bool) -> App:
             app = stage.app()
 
             @app.on(Job, retry=Retry(first="300ms", jitter=0))
             async def work(job: Job, ctx: Context) -> None:
+                nonlocal failed
                 if fail:
+                    failed += 1
                     raise ValueError("planned")
                 seen.append((job.n, ctx.attempt))
 
@@ -194,7 +197,7 @@ class Ordering(Scene):
         async with stage.running(member(fail=False)):
             await stage.publish(Job(key="a", n=5))
             await stage.settled("shop.work")
-        assert seen == [(0, 2), (1, 1), (2, 1), (3, 1), (4, 1), (5, 1)]
+        assert seen == [(0, 1 + failed), (1, 1), (2, 1), (3, 1), (4, 1), (5, 1)]
 
     async def test_r04_unordered_groups_do_not_wait(self, stage: Stage) -> None:
         """With ordering="none" a failing or slow event holds nothing of its key back."""
@@ -300,10 +303,13 @@ class Ordering(Scene):
             await stage.publish(Job(key="a", n=0))
             await until(lambda: epochs)
             await stage.broker.admin.replay("shop.work", "earliest")
-            await until(lambda: len(epochs) == 2)
+            # Twice, or more often: a member may take the partition while the replay is about to set its place.
+            await until(lambda: len(epochs) >= 2)
             await stage.settled("shop.work")
+            counts = program.workers[0].counts
+            before = counts.refused
             gate.set()
-            await until(lambda: program.workers[0].counts.refused == 1)
+            await until(lambda: counts.refused == before + 1)
             await stage.settled("shop.work")
         assert [m.key for m in await stage.browse("jobs")] == ["a"]
-        assert epochs == [1, 1]
+        assert set(epochs) == {1}

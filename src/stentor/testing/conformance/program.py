@@ -32,6 +32,7 @@ from stentor.retry import Retry
 from stentor.testing.conformance.events import ALWAYS, Job, Made
 from stentor.testing.conformance.faults import FaultyBroker, Point
 from stentor.testing.conformance.ledger import Entry, Ledger
+from stentor.testing.conformance.stands import stands
 
 
 class Planned(Exception):
@@ -201,6 +202,13 @@ async def main(text: str) -> None:
         await _kill()
 
     def ready(program: Program, faulty: FaultyBroker) -> None:
+        def tell() -> None:
+            [worker] = program.workers
+            told = f"{worker.counts}, {worker.partitions} partitions, trouble: {worker.trouble}"
+            sys.stderr.write(f"{told}\n{stands()}\n\n")
+            sys.stderr.flush()
+
+        asyncio.get_running_loop().add_signal_handler(signal.SIGUSR1, tell)
         sys.stdout.write("ready\n")
         sys.stdout.flush()
 

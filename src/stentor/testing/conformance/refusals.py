@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 
 from stentor.app import App
@@ -70,7 +72,11 @@ class Refusals(Scene):
             with pytest.raises(UnknownTopic, match="nowhere"):
                 await stage.browse("nowhere")
 
-    async def test_r13_features_are_of_this_broker(self, stage: Stage) -> None:
+    async def test_r13_features_are_of_this_broker(
+        self, stage: Stage, record_property: Callable[[str, object], None]
+    ) -> None:
         """The record names the broker, and a limit of at least 64 KiB, which CloudEvents asks of everyone."""
+        for field in stage.features.__struct_fields__:
+            record_property(field, getattr(stage.features, field))
         assert stage.features.name
         assert stage.features.max_bytes >= 64 * 1024

@@ -230,11 +230,12 @@ class Replays(Scene):
             await stage.publish(jobs("a", 1))
             await until(lambda: program.workers[0].running == 1)
             await stage.broker.admin.replay("shop.work", "earliest")
-            await until(lambda: ended == [2])
+            await until(lambda: 2 in ended)
             await stage.settled("shop.work")
             gate.set()
-            await until(lambda: program.workers[0].counts.refused == 1)
-        assert ended == [2, 1]
+            await until(lambda: program.workers[0].counts.refused)
+        # There may be more on a machine that stood still for longer than a lease.
+        assert ended.index(2) < ended.index(1)
 
     async def test_r08_what_was_settled_out_of_order_is_replayed(self, stage: Stage) -> None:
         """An event that was done before the replay is marked as replayed, though one before it was not done."""
@@ -264,7 +265,7 @@ class Replays(Scene):
             await until(settled)
             seen[:] = [("", False)]
             await stage.broker.admin.replay("shop.work", "earliest")
-            await until(lambda: len(seen) == 201)
+            await until(lambda: len({name for name, _ in seen}) == 201)  # some may come twice
             gate.set()
             await stage.settled("shop.work")
         assert {name for name, replayed in seen[1:] if not replayed} <= {"0"}

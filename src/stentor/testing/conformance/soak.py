@@ -7,6 +7,7 @@ import os
 import random
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -14,11 +15,13 @@ import pytest
 from stentor.testing.conformance.events import Job
 from stentor.testing.conformance.fleet import Fleet, FleetScene
 from stentor.testing.conformance.program import Act
-from stentor.testing.conformance.stage import until
+from stentor.testing.conformance.stage import LEASE, until
 
 MINUTES = float(os.environ.get("STENTOR_SOAK_MINUTES", "0.2"))
 SEED = int(os.environ.get("STENTOR_SOAK_SEED", random.randrange(2**32)))  # noqa: S311  no secret
 KEYS = 40
+BEHIND = 2000
+"""The producer waits while so many events are unsettled: how long they take to settle depends on the machine."""
 MEMBERS = 3
 
 
@@ -55,6 +58,13 @@ class _Storm:
             await self.fleet.publish([Job(key=f"k{i}", n=n) for i in self.chance.sample(range(KEYS), 20)])
             n += 1
             await asyncio.sleep(self.chance.uniform(0.01, 0.05))
+            if n % 10 == 0:
+                await until(self._caught_up, "the members get on with it", 300)
+
+    async def _caught_up(self) -> bool:
+        """Whether few events are unsettled, or no more are to come."""
+        stage = self.fleet.stage
+        return self.stopping or await stage.waiting("work") + await stage.parked("work") <= BEHIND
 
     async def kill(self) -> None:
         await self._pick().kill()
@@ -65,7 +75,7 @@ class _Storm:
     async def pause(self) -> None:
         member = self._pick()
         await member.pause()
-        await asyncio.sleep(self.chance.uniform(0.2, 2.0))
+        await asyncio.sleep(self.chance.uniform(0.2, 2.0) * LEASE)
         await member.resume()
         await member.stop()
 
@@ -98,7 +108,7 @@ class Soak(FleetScene):
 
     @pytest.mark.soak
     @pytest.mark.timeout(60 * (MINUTES + 5))
-    async def test_soak(self, fleet: Fleet) -> None:
+    async def test_soak(self, fleet: Fleet, record_property: Callable[[str, object], None]) -> None:
         """Under kill -9, SIGTERM, SIGSTOP, failures, joins and redrives: none lost, order kept, repeats counted."""
         sys.stdout.write(f"{MINUTES:g} minutes, seed {SEED}\n")
         storm = _Storm(fleet, random.Random(SEED))  # noqa: S311  no secret
@@ -123,6 +133,10 @@ class Soak(FleetScene):
             f"{len(fleet.published)} events, {len(letters)} dead letters, {len(storm.redriven)} redriven, "
             f"{audit.duplicates} duplicates, faults {storm.faults}, {len(entries)} entries\n"
         )
+        record_property("minutes", MINUTES)
+        record_property("events", len(fleet.published))
+        record_property("duplicates", audit.duplicates)
+        record_property("deaths", storm.faults.get("kill", 0) + storm.faults.get("pause", 0))
         assert audit.lost == []
         disorder = [event for event in audit.disorder if event not in dead]
         for event in disorder[:1]:

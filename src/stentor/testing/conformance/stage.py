@@ -28,6 +28,8 @@ PATIENCE = float(os.environ.get("STENTOR_CONFORMANCE_PATIENCE", "20"))
 """Seconds that a condition may take to come true; more for a broker that is far away, or a machine that is busy."""
 LATE = PATIENCE / 10
 """Seconds by which something timed may be late."""
+LEASE = PATIENCE / 20
+"""A lease for tests, in seconds: short, as they wait for its end, and yet kept by a process that gets its turn late."""
 
 
 async def until(condition: Callable[[], Any], what: str = "", patience: float = PATIENCE) -> Any:

@@ -41,6 +41,22 @@ class Histogram:
         self.total += other.total
         self.squares += other.squares
 
+    def since(self, earlier: Histogram) -> Histogram:
+        """What was counted after ``earlier``, which this one began with."""
+        found = Histogram()
+        for index, count in self.buckets.items():
+            if more := count - earlier.buckets.get(index, 0):
+                found.buckets[index] = more
+        found.count = self.count - earlier.count
+        found.total = self.total - earlier.total
+        found.squares = self.squares - earlier.squares
+        return found
+
+    def at_most(self, value: float) -> int:
+        """How many durations were of at most so many seconds, as exactly as the buckets are."""
+        last = math.floor(math.log(value) * _PER_LOG)
+        return sum(count for index, count in self.buckets.items() if index <= last)
+
     @property
     def mean(self) -> float:
         """In seconds; 0 when nothing was counted."""

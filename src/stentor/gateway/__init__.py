@@ -1,0 +1,1 @@
+"""The event bus between services: routes taken from the apps, written for a proxy, and the relay that broadcasts."""

@@ -1,0 +1,1 @@
+"""What running programs tell of themselves, read from outside."""

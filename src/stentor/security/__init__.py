@@ -1,0 +1,1 @@
+"""Who sent it, who may, and where one may go."""

@@ -1,0 +1,1 @@
+"""Where events come from, beside handlers and timers: adapters to what others run."""
