@@ -338,6 +338,34 @@ async def test_a_comparison_finds_what_is_wrong(sides: Sides) -> None:
         assert (found.missing, found.moved, found.same) == (0, 1, False)
 
 
+@pytest.mark.parametrize("when", ["before", "behind"])
+@pytest.mark.parametrize("side", [0, 1])
+async def test_a_comparison_sees_what_falls_due_meanwhile_once(
+    sides: Sides, side: int, when: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An event leaves those that wait and joins the topic as either is read: it is there, and there once."""
+    now, later = time.time() + 0.2, time.time() + 3600
+    for at, broker in enumerate(sides):
+        await declared(broker)
+        await broker.publish([message_of(1), msgspec.structs.replace(message_of(2), due=now if at == side else later)])
+    broker = sides[side]
+    read = broker.browse
+
+    async def due() -> bool:
+        return not await broker.admin.delayed()
+
+    async def slow(topic: str, since: Any, follow: bool) -> AsyncIterator[Any]:
+        if when == "before":
+            await until(due)
+        async for found in read(topic, since, follow=follow):
+            yield found
+        await until(due)
+
+    monkeypatch.setattr(broker, "browse", slow)
+    found = await compare(*sides, "orders")
+    assert (found.missing, found.doubled, found.extra) == (0, 0, 0)
+
+
 async def test_a_run_that_ends_anywhere_is_continued(sides: Sides) -> None:
     """Stored at the target and not acked at the source: known by the note, also where nothing is deduplicated."""
     source, target = sides

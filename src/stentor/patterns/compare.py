@@ -71,15 +71,22 @@ class _Side:
         return self
 
 
+async def _waiting(broker: Broker, topic: str) -> dict[int, int]:
+    return {identity(m): content(m) for m in await broker.admin.delayed() if m.topic == topic}
+
+
 async def compare(source: Broker, target: Broker, topic: str) -> Comparison:
     """Compare what a topic holds on two brokers, its delayed events among it.
 
     Some 200 bytes of memory an event. A delayed event is there if it waits at the target or has fallen due.
     """
+    # What waits is read before what is there: one that falls due meanwhile is seen twice, and never not at all.
+    waiting, there = await _waiting(source, topic), await _waiting(target, topic)
     ours = await _Side().read(source, topic)
     theirs = await _Side().read(target, topic, ours.contents)
-    waiting = {identity(m): content(m) for m in await source.admin.delayed() if m.topic == topic}
-    there = {identity(m): content(m) for m in await target.admin.delayed() if m.topic == topic}
+    both = there.keys() & theirs.contents.keys()
+    if both:
+        both &= (await _waiting(target, topic)).keys()
     wanted, have = waiting | ours.contents, there | theirs.contents
     missing = [number for number in wanted if number not in have]
     return Comparison(
@@ -87,7 +94,7 @@ async def compare(source: Broker, target: Broker, topic: str) -> Comparison:
         events=len(ours.contents),
         keys=len(ours.chains),
         missing=len(missing),
-        doubled=max(0, theirs.doubled - ours.doubled) + len(there.keys() & theirs.contents.keys()),
+        doubled=max(0, theirs.doubled - ours.doubled) + len(both),
         changed=sum(number in have and have[number] != value for number, value in wanted.items()),
         moved=0 if missing else sum(theirs.chains.get(key) != chain for key, chain in ours.chains.items()),
         extra=sum(number not in wanted for number in have),
