@@ -195,7 +195,8 @@ def soak(args: list[str]) -> int:
         minutes = args[at + 1]
         args = args[:at] + args[at + 2 :]
     kept = f"--junitxml={SHOWN / 'soak'}.xml"
-    return pytest(environment("test"), "-m", "soak", kept, *TWICE, *args, STENTOR_SOAK_MINUTES=minutes)
+    side_by_side = str(1 + (os.cpu_count() or 1))  # each starts a process a second
+    return pytest(environment("test"), "-m", "soak", kept, "-n", side_by_side, *args, STENTOR_SOAK_MINUTES=minutes)
 
 
 @command

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
+from typing import Any
 from urllib.parse import quote
 
 import pytest
@@ -12,9 +13,11 @@ from servers import Server, free_port
 from servers.rocketmq import RocketMQ
 from servers.tls import PASSWORD
 from stentor import App, Event
+from stentor.brokers.rocketmq_remoting import SEND_BATCH, SYSTEM_BUSY, Answer, Link
 from stentor.connect import connect
 from stentor.errors import AuthenticationFailed, ConfigError, Unavailable
 from stentor.event import Topic
+from stentor.message import Message
 from tests.faults import Proxy, ServerFaults
 from tests.real import fresh, server_url
 
@@ -93,6 +96,37 @@ def test_options() -> None:
         connect("rocketmq://localhost?acks=all")
     with pytest.raises(ConfigError, match="durable"):
         connect("rocketmq://localhost?durable=replica")
+
+
+async def test_a_busy_server_is_asked_again(
+    tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It takes what waited for 200 ms out of its queue, and says that it began nothing of it."""
+    call = Link.call
+    busy = Answer(SYSTEM_BUSY, "[TIMEOUT_CLEAN_QUEUE]broker busy, start flow control for a while", {}, b"")
+    sent: list[int] = []
+
+    async def late(self: Link, code: int, fields: Any, body: bytes = b"", patience: float = 5.0) -> Answer:
+        if code == SEND_BATCH:
+            sent.append(code)
+            if len(sent) < 4 or patience < 1:
+                return busy
+        return await call(self, code, fields, body, patience)
+
+    broker = connect(fresh(server_url("rocketmq", tmp_path_factory), partitions=1))
+    await broker.open()
+    try:
+        await broker.declare([Topic("orders")], [])
+        messages = [Message(id=f"m{n}", source="/t", type="t", topic="orders", key="k", data=b"") for n in range(3)]
+        monkeypatch.setattr(Link, "call", late)
+        receipts = await broker.publish(messages)
+        assert [receipt.position for receipt in receipts] == [0, 1, 2]
+        assert len(sent) == 4
+        monkeypatch.setattr("stentor.brokers.rocketmq.SEND_PATIENCE", 0.1)
+        with pytest.raises(Unavailable, match="broker busy"):  # it is known not to be stored
+            await broker.publish([Message(id="m3", source="/t", type="t", topic="orders", key="k", data=b"")])
+    finally:
+        await broker.close()
 
 
 async def test_a_name_that_rocketmq_does_not_take(tmp_path_factory: pytest.TempPathFactory) -> None:

@@ -38,6 +38,7 @@ from stentor.brokers.rocketmq_remoting import (
     PULL,
     ROUTE,
     SEND_BATCH,
+    SYSTEM_BUSY,
     TRY_AGAIN,
     Answer,
     Line,
@@ -228,14 +229,21 @@ class RocketMQBroker(LogStateBroker):
     async def call(
         self, topic: str, code: int, fields: dict[str, Any], body: bytes = b"", patience: float = 5.0
     ) -> Answer:
-        """Ask the broker that holds a topic. Raises UnknownTopic or Unavailable."""
+        """Ask the broker that holds a topic, again while it is too busy. Raises UnknownTopic or Unavailable."""
         name, address = await self.home(topic)
         fields |= {"n" if code == SEND_BATCH else "bname": name, "b" if code == SEND_BATCH else "topic": _stored(topic)}
+        deadline, wait = time.monotonic() + patience, 0.01
         try:
-            return await self._call(address, code, fields, body, patience)
+            # It answers so for what it takes out of its queue unbegun, as after 200 ms (``waitTimeMillsInSendQueue``).
+            while (found := await self._call(address, code, fields, body, patience)).code == SYSTEM_BUSY:
+                if time.monotonic() > deadline:
+                    break
+                await asyncio.sleep(wait)
+                wait = min(2 * wait, 0.2)
         except Unavailable:
             self._homes.pop(_stored(topic), None)  # it may have moved
             raise
+        return found
 
     # ---- data -------------------------------------------------------------------------------------------------------
 

@@ -87,8 +87,8 @@ class ProcessMember:
         return msgspec.json.decode(line, type=Counts)
 
     async def pause(self) -> None:
+        self._ledger.write(Entry("gone", self.who))  # before it is, as above
         self.process.send_signal(signal.SIGSTOP)
-        self._ledger.write(Entry("gone", self.who))
 
     async def resume(self) -> None:
         self.process.send_signal(signal.SIGCONT)

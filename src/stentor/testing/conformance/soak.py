@@ -120,18 +120,21 @@ class Soak(FleetScene):
         finally:
             storm.stopping = True
             await publishing
+        ended = time.monotonic()
 
         async def quiet() -> bool:
             return not (await fleet.stage.waiting("work") or await fleet.stage.parked("work"))
 
         await until(quiet, "all settled after the soak", 60 + MINUTES * 60)
+        settled = time.monotonic() - ended
         letters = await fleet.stage.letters("work")
         dead = {(letter.message.key or "", number(letter.message.data)) for letter in letters}
         entries = [e for e in fleet.ledger.read() if (e.key, e.n) not in dead]
         audit = fleet.ledger.audit(fleet.published, given_up=dead)
         sys.stdout.write(
             f"{len(fleet.published)} events, {len(letters)} dead letters, {len(storm.redriven)} redriven, "
-            f"{audit.duplicates} duplicates, faults {storm.faults}, {len(entries)} entries\n"
+            f"{audit.duplicates} duplicates, faults {storm.faults}, {len(entries)} entries, "
+            f"settled {settled:.0f} s after the last\n"
         )
         record_property("minutes", MINUTES)
         record_property("events", len(fleet.published))
