@@ -55,14 +55,7 @@ from stentor.brokers.trust import trust
 from stentor.brokers.wire import unpack
 from stentor.clock import Clock
 from stentor.connect import BrokerUrl
-from stentor.errors import (
-    BrokerError,
-    ConfigError,
-    PublishUnknown,
-    StentorError,
-    Unavailable,
-    UnknownTopic,
-)  # fmt: skip
+from stentor.errors import BrokerError, ConfigError, PublishUnknown, StentorError, Unavailable, UnknownTopic
 
 SEND_BYTES = 1024 * 1024
 """What one request carries at most, or one message."""
