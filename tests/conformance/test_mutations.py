@@ -21,7 +21,7 @@ def run(mutant: str, tests: str) -> subprocess.CompletedProcess[str]:
             "-p", "no:cacheprovider", "--timeout=40",
         ],
         cwd=ROOT, capture_output=True, text=True, check=False,
-        env=os.environ | {"CONFORMANCE_MUTANT": mutant, "STENTOR_CONFORMANCE_PATIENCE": "4" if mutant else "20"},
+        env=os.environ | {"CONFORMANCE_MUTANT": mutant, "STENTOR_CONFORMANCE_PATIENCE": "4" if mutant else "60"},
     )  # fmt: skip
 
 

@@ -267,7 +267,7 @@ class Backpressure(Scene):
             )
             assert held <= 2048
             stuck.set()
-            await stage.settled("shop.work", patience=3 * PATIENCE)  # each of thousands records its start
+            await stage.settled("shop.work", patience=2 * PATIENCE)  # each of thousands records its start
         assert [name for name in done if name.startswith("stuck")] == [f"stuck{n}" for n in range(4000)]
 
     async def test_r09_large_bodies(self, stage: Stage) -> None:
@@ -373,7 +373,7 @@ class Backpressure(Scene):
             everything = jobs(10_000, 2)
             for start in range(0, len(everything), 1000):
                 await stage.publish(everything[start : start + 1000])
-            await until(lambda: program.workers[0].counts.handled == 20_000, patience=3 * PATIENCE)
+            await until(lambda: program.workers[0].counts.handled == 20_000, patience=2 * PATIENCE)
             assert len(program.workers[0].shares) > 0
             await until(lambda: not any(share.lanes for share in program.workers[0].shares.values()), "no lane is left")
         assert set(map(tuple, seen.values())) == {(0, 1)}

@@ -24,12 +24,12 @@ from stentor.testing.conformance.events import ALWAYS
 from stentor.testing.conformance.faults import FaultyBroker
 
 Make = Callable[[str, Clock], Broker]
-PATIENCE = float(os.environ.get("STENTOR_CONFORMANCE_PATIENCE", "20"))
+PATIENCE = float(os.environ.get("STENTOR_CONFORMANCE_PATIENCE", "60"))
 """Seconds that a condition may take to come true; more for a broker that is far away, or a machine that is busy."""
-LATE = PATIENCE / 10
-"""Seconds by which something timed may be late."""
-LEASE = PATIENCE / 20
+LEASE = max(min(1.0, PATIENCE / 20), PATIENCE / 60)
 """A lease for tests, in seconds: short, as they wait for its end, and yet kept by a process that gets its turn late."""
+LATE = 2 * LEASE
+"""Seconds by which something timed may be late."""
 
 
 async def until(condition: Callable[[], Any], what: str = "", patience: float = PATIENCE) -> Any:
