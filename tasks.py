@@ -135,6 +135,7 @@ def run(program: Path | str, *args: Path | str, **env: str) -> int:
 
 def pytest(programs: Path, *args: str, **env: str) -> int:
     """Run pytest on every core; what comes later in `args` wins."""
+    env = {"JAVA_TOOL_OPTIONS": "-XX:TieredStopAtLevel=1", **env}  # servers that live for minutes: compile little
     return run(programs / "python", "-m", "pytest", "-n", "logical", *args, **env)
 
 
