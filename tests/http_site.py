@@ -70,7 +70,7 @@ class Site:
             self._more.notify_all()
 
     async def handled(self, count: int) -> list[Placed]:
-        async with self._more, asyncio.timeout(20):
+        async with self._more, asyncio.timeout(60):
             await self._more.wait_for(lambda: len(self.seen) >= count)
         return self.seen
 
@@ -119,7 +119,7 @@ class Held:
         await self._go.wait()
 
     async def reached(self, count: int) -> None:
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             for _ in range(count):
                 await self._arrivals.get()
 

@@ -30,7 +30,7 @@ class Receiver:
         self._more = asyncio.Condition()
 
     async def got(self, count: int) -> list[Request]:
-        async with self._more, asyncio.timeout(20):
+        async with self._more, asyncio.timeout(60):
             await self._more.wait_for(lambda: len(self.requests) >= count)
         return self.requests
 
@@ -69,7 +69,7 @@ async def receiving(
 
     server.startup = startup  # type: ignore[method-assign]
     task = asyncio.create_task(server.serve([listener]))
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         await ready.wait()
     receiver.url = f"http{'s' if tls else ''}://{host}:{listener.getsockname()[1]}/hook"
     try:

@@ -140,7 +140,7 @@ async def test_a_batch_handler_takes_a_list() -> None:
 
 async def turns(until: Callable[[], bool] = lambda: True) -> None:
     """Let the event loop go on until something holds, and as long as anything more could follow."""
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         while not until():
             await asyncio.sleep(0)
     for _ in range(50):

@@ -46,7 +46,7 @@ async def shop(to: Any, *types: type[Any], **options: Any) -> AsyncIterator[App]
 async def idle(app: App) -> None:
     """Come back when nothing is under way, and nothing waits for a retry."""
     assert app.program is not None
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         while any(worker.busy for worker in app.program.workers) or any(
             lag.events or lag.parked for lag in await app.broker.admin.lag()
         ):
@@ -57,7 +57,7 @@ async def held(app: App) -> Worker:
     """Come back when the group holds."""
     assert app.program is not None
     [worker] = app.program.workers
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         while worker.hold.reason is None:
             await asyncio.sleep(0.005)
     return worker
@@ -289,7 +289,7 @@ async def test_a_target_that_is_away_burns_no_attempts_and_is_found_again(monkey
             await app.publish(Placed(order_id=f"o-{number}"))
         worker = await held(app)
         pauses, last = 0, None
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             while pauses < 5:  # many more tries than an event has attempts
                 if worker.hold.reason is None and last is not None:
                     pauses += 1

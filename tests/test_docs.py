@@ -32,7 +32,7 @@ FENCE = re.compile(
     r"^(?P<indent> *)```(?P<info>[^\n`]*)\n(?P<body>.*?)^(?P=indent)```$|^ *<!-- (?P<mark>background|stop|fails) -->$",
     re.MULTILINE | re.DOTALL,
 )
-PATIENCE = 20.0
+PATIENCE = 60.0
 VARIES = re.compile(
     r"(?P<any>…)|(?P<blanks> {2,})|(?P<id>\b[0-9a-f]{12,32}(?:-[0-9a-f]+)?\b)|(?P<ago>\b\d+ (?:s|m|h) ago\b)"
     r"|(?P<when>\b(?:\d{4}-\d\d-\d\d[ T])?\d\d:\d\d:\d\d(?:\.\d+)?(?:\+\d{4}|Z)?)|(?P<took>\b\d+(?:\.\d+)? ?(?:ms|s)\b)"

@@ -397,7 +397,7 @@ async def test_as_many_sync_handlers_run_at_once_as_the_group_allows(concurrency
         if order.order_id == "39":
             loop.call_soon_threadsafe(met.set)
 
-    async with app, asyncio.timeout(30):
+    async with app, asyncio.timeout(60):
         await app.publish([OrderPlaced(order_id=str(n)) for n in range(40)])
         await met.wait()
     assert not together.broken

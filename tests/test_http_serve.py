@@ -44,7 +44,7 @@ async def test_serving_stops_in_order() -> None:
 async def closed(url: str) -> None:
     """Come back as soon as nobody listens at a URL any more."""
     host, _, port = url.removeprefix("http://").rpartition(":")
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         while True:
             try:
                 _, writer = await asyncio.open_connection(host, int(port))
@@ -105,7 +105,7 @@ async def hosted(application: Any) -> AsyncIterator[httpx.AsyncClient]:
 
     server.startup = startup  # type: ignore[method-assign]
     task = asyncio.create_task(server.serve([listener]))
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         await ready.wait()
     try:
         async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{listener.getsockname()[1]}") as client:

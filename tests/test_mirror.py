@@ -123,7 +123,7 @@ async def pair(
 
 async def until(condition: Callable[[], Any]) -> None:
     """Wait until ``condition()``, or what it awaits to, is true."""
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         while True:
             found = condition()
             if await found if inspect.isawaitable(found) else found:

@@ -64,7 +64,7 @@ async def test_few_functions_run_for_an_event(events: int) -> None:
         assert app.program is not None
         (worker,) = app.program.workers
         await app.publish(Step(of="a"))
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             while seen < 1 or worker.unsettled:
                 await asyncio.sleep(0)
             sys.setprofile(count)

@@ -69,7 +69,7 @@ async def opened(path: Path, options: str = "", topics: Sequence[Topic] = (Topic
 
 async def until(condition: Any) -> None:
     """Wait for a condition (a function, sync or async), at most 20 s."""
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         while True:
             found = condition()
             if await found if asyncio.iscoroutine(found) else found:

@@ -80,7 +80,7 @@ async def test_a_takeover_that_fails_half_way_is_done_again(
             await consumer.balance()
             assert sorted(partition.index for partition in owner.owned) == [0, 1, 2, 3]
             found: set[str] = set()
-            async with asyncio.timeout(10):
+            async with asyncio.timeout(60):
                 while len(found) < 40:
                     found.update(delivery.message.id for delivery in await consumer.fetch(100, 1.0))
         finally:
@@ -118,7 +118,7 @@ async def test_what_could_not_be_given_back_is_given_back_again(
         await old.start()
         monkeypatch.setattr(first, "write", failing)
         await new.start()
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             while len(old.held) > 2:  # by itself, or here
                 with contextlib.suppress(Unavailable):
                     await old.balance()

@@ -79,7 +79,7 @@ async def refused(url: str) -> str:
     """What ``open`` says of a URL that cannot be used."""
     broker = connect(url)
     with pytest.raises(StentorError) as raised:
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             await broker.open()
     return f"{type(raised.value).__name__}: {raised.value}"
 
@@ -151,7 +151,7 @@ async def test_a_long_transaction_of_others_stalls_nothing(plain: str) -> None:
         await connection.execute("CREATE TABLE IF NOT EXISTS theirs (n int)")
         async with connection.transaction():
             await connection.execute("INSERT INTO theirs VALUES (1)")
-            async with asyncio.timeout(10):
+            async with asyncio.timeout(60):
                 await broker.publish([message("1"), message("2")])
                 found = [found.id async for _, found in broker.browse("t", "earliest", follow=False)]
         assert sorted(found) == ["1", "2"]
@@ -179,7 +179,7 @@ async def test_a_batch_whose_answer_is_lost(plain: str) -> None:
             await broker.publish([first])
             proxy.blackhole("replies")
             lost = asyncio.create_task(broker.publish([second]))
-            async with asyncio.timeout(20):
+            async with asyncio.timeout(60):
                 while await stored() != ["1", "2"]:
                     await asyncio.sleep(0.01)
             proxy.heal()

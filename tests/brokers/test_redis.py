@@ -62,7 +62,7 @@ async def round_trip(url: str) -> list[str]:
 
     async with app:
         await app.publish(Noted(about="tls"))
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             await done.wait()
     return seen
 
@@ -169,7 +169,7 @@ class TestRoom:
         async with app, opened(server.url) as killer:
             for n in range(3):
                 await ask(killer, "CLIENT", "KILL", "TYPE", "normal", "SKIPME", "yes")
-                async with asyncio.timeout(20):
+                async with asyncio.timeout(60):
                     while True:
                         try:
                             await app.publish(Noted(about=str(n)), id=str(n))
@@ -200,7 +200,7 @@ class TestRoom:
                 await broker.publish([fresh_one("1")])
                 proxy.blackhole("replies")
                 lost = asyncio.create_task(broker.publish([fresh_one("2")]))
-                async with asyncio.timeout(20):
+                async with asyncio.timeout(60):
                     while not await both():
                         await asyncio.sleep(0.01)
                 proxy.heal()

@@ -16,7 +16,7 @@ import pytest
 import stentor
 
 SOURCE = str(Path(stentor.__file__).parents[1])
-PATIENCE = 30.0
+PATIENCE = 120.0
 SHOP = """
 import os
 from stentor import App, Context, Event, Retry

@@ -209,7 +209,7 @@ async def test_a_dropped_group_leaves_its_dead_letters_to_look_at() -> None:
     async with workshop.app.running(url="memory://") as program:
         await workshop.app.publish(jobs(2))
         letters = DeadLetters(program.broker)
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             async for offset, _ in program.broker.browse("stentor.dead.other", "earliest", follow=True):
                 if offset == 1:
                     break

@@ -32,7 +32,7 @@ from tests.real import unavailable
 from tests.sources import changes
 from tests.sources.changes import COUNT, Follower, Writer, caught_up, more_told, stored
 
-PATIENCE = 15.0
+PATIENCE = 60.0
 pytestmark = [pytest.mark.server, pytest.mark.slow]
 
 

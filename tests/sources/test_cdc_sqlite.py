@@ -58,7 +58,7 @@ def follow(path: Path, tables: dict[str, type[Change[Any]]] | None = None, **opt
 
 
 async def until(condition: Callable[[], object]) -> None:
-    async with asyncio.timeout(15):
+    async with asyncio.timeout(60):
         while not condition():
             await asyncio.sleep(0.01)
 

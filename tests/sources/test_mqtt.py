@@ -158,7 +158,7 @@ class TestMosquitto:
                 reader.start()
             async with MqttSink(mosquitto.url) as sink:
                 sent = 0
-                async with asyncio.timeout(30):
+                async with asyncio.timeout(60):
                     while not all(reader.stored() for reader in pair):  # what nobody subscribes to yet is gone
                         await sink.publish("shared", {"n": -1})
                         await asyncio.sleep(0.05)
