@@ -19,7 +19,7 @@ SOURCE = Path(__file__).parents[1] / "src" / "stentor"
 LAYERS = [  # lowest first
     {"errors", "clock", "histogram"},
     {"message", "event", "catalog", "cesql", "cloudevents"},
-    {"subscription", "retry", "broker", "connect", "parts", "middleware"},
+    {"subscription", "retry", "broker", "connect", "parts"},
     {
         "context",
         "handler",
@@ -49,7 +49,6 @@ FOLDERS = {  # each with the highest of LAYERS that it may import; above them it
     "bench": 4,
     "observe": 4,
     "scaling": 4,
-    "dashboard": 4,
     "testing": 4,
     "cli": 4,
 }

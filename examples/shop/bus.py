@@ -1,5 +1,13 @@
 r"""The services with a broker each, and a gateway between them: what one publishes goes to $SHOP_GATEWAY.
 
+The file gateway.toml in this folder says where they are:
+
+    dead_letter = "orders"
+    [services]
+    orders = ["127.0.0.1:8001"]
+    payments = ["127.0.0.1:8002"]
+    shipping = ["127.0.0.1:8003"]
+
     stentor gateway envoy --app examples.shop.bus:orders --app examples.shop.bus:payments \
         --app examples.shop.bus:shipping --out bus
     stentor run examples.shop.bus:payments --broker sqlite:///payments.db --http 127.0.0.1:8002

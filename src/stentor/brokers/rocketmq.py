@@ -81,7 +81,7 @@ def _stored(name: str) -> str:
 
 
 class RocketMQBroker(LogStateBroker):
-    """``rocketmq://[user:password@]name-server[:9876][,another]``. RocketMQ 5.1 or newer; no proxy is needed.
+    """``rocketmq://[user:password@]name-server[:9876][,another]``. RocketMQ 5.3 or newer; no proxy is needed.
 
     Options: those of ``LogBroker``, ``tls=1``, ``ca``, ``cert``, ``key`` (files; TLS always verifies the server), and
     ``durable`` ("host", the default: the brokers are expected to run with ``flushDiskType=SYNC_FLUSH``; "process":
