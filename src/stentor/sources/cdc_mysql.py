@@ -51,7 +51,7 @@ from stentor.sources.cdc_mysql_log import (
     as_text,
     selected,
 )
-from stentor.sources.change import Change, Mapped, digest, mapped
+from stentor.sources.change import Change, Mapped, digest, mapped, until_one_ends
 
 log = logging.getLogger("stentor.source")
 
@@ -159,16 +159,7 @@ class MysqlChanges:
                 await self._check_server(session)
                 if place is None:
                     place = Place(secrets.token_hex(4), "")
-                looking = asyncio.create_task(self._look(session, publish, place))
-                reading = asyncio.create_task(self._read(session, publish, place))
-                try:
-                    done, _ = await asyncio.wait({looking, reading}, return_when=asyncio.FIRST_COMPLETED)
-                    for task in done:
-                        task.result()
-                finally:
-                    for task in (looking, reading):
-                        task.cancel()
-                    await asyncio.gather(looking, reading, return_exceptions=True)
+                await until_one_ends(self._look(session, publish, place), self._read(session, publish, place))
         except (pymysql.Error, OSError) as error:
             raise self._failure(error) from None
 

@@ -27,7 +27,7 @@ from stentor.errors import ConfigError, DefinitionError, InvalidEvent, PositionL
 from stentor.event import EventLike, EventSpec, Outgoing, spec_of
 from stentor.source import Publish
 from stentor.sources.cdc_postgresql_stream import BEAT, Reader, Stream
-from stentor.sources.change import Change, Mapped, digest, mapped
+from stentor.sources.change import Change, Mapped, digest, mapped, until_one_ends
 from stentor.sources.pgoutput import (
     Begin,
     Commit,
@@ -164,16 +164,7 @@ class PostgresChanges:
         try:
             async with await self._session() as session:
                 place = await self._prepare(session, publish.position)
-                looking = asyncio.create_task(self._look(session, publish))
-                following = asyncio.create_task(self._read(session, publish, place))
-                try:
-                    done, _ = await asyncio.wait({looking, following}, return_when=asyncio.FIRST_COMPLETED)
-                    for task in done:
-                        task.result()
-                finally:
-                    for task in (looking, following):
-                        task.cancel()
-                    await asyncio.gather(looking, following, return_exceptions=True)
+                await until_one_ends(self._look(session, publish), self._read(session, publish, place))
         except (psycopg.Error, OSError) as error:
             raise self._failure(error) from None
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import asyncio
+from collections.abc import Coroutine, Mapping, Sequence
 from datetime import datetime
 from typing import Any, Generic, Literal, TypeVar
 
@@ -130,6 +131,19 @@ def digest(*parts: object) -> str:
 
     seed = "\0".join(map(str, parts)).encode("utf-8", "surrogatepass")
     return hashlib.blake2b(seed, digest_size=16).hexdigest()
+
+
+async def until_one_ends(*work: Coroutine[Any, Any, None]) -> None:
+    """Run what belongs together until the first of it ends, and end the rest; raises what that one raised."""
+    tasks = [asyncio.create_task(part) for part in work]
+    try:
+        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        for task in done:
+            task.result()
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 def _row_of(cls: type) -> Any:
