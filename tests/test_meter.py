@@ -137,6 +137,30 @@ async def test_events_of_a_batch_share_its_time() -> None:
         assert 0.1 <= meter.service.total < 0.2
 
 
+async def test_quick_batches_count_as_often_as_they_are() -> None:
+    """A sample stands for the batches that went by since the last, and one that failed is no call more."""
+    app = App("site")
+    failing = True
+
+    @app.on(Hit, batch=Batch(size=4), retry=Retry(attempts=1))
+    async def count(hits: list[Hit]) -> None:
+        if failing:
+            raise ValueError("planned")
+
+    async with harness(app) as t:
+        meter = worker(app).meter
+        await t.publish([Hit(page=str(n)) for n in range(4)])
+        await t.settled()
+        assert meter.service.count == 8, "the batch, then one by one"
+        assert meter.service.total < 0.05, "each by its own time"
+        failing = False
+        for _ in range(20):
+            await t.publish([Hit(page=str(n)) for n in range(1000)])
+            await t.settled()
+        assert worker(app).counts.handled == 20_000
+        assert meter.service.count == pytest.approx(20_000, rel=0.5)
+
+
 def worker(app: App) -> Any:
     assert app.program is not None
     [found] = app.program.workers

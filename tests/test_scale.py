@@ -114,7 +114,7 @@ def test_what_is_needed(
 ) -> None:
     lags = [Lag(group="g", topic="t", events=events, seconds=age, parked=0, members=9)]
     before = look(100.0, [figures(7, 5.0, 0, **changes)], [], 2, 0)
-    started = figures(8, 60.0, 0, **changes)  # what a start takes is no load
+    started = figures(8, 60.0, 5000, **changes)  # what it did before it first answered is no load of this time
     after = look(110.0, [figures(7, 5.0 + cpu, handled, **changes), started], lags, 2, silent)
     found = need(before, after, target=10.0)
     assert found.workers == pytest.approx(workers, rel=0.02)

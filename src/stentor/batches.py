@@ -130,11 +130,21 @@ async def _invoke_batch(  # noqa: C901  the ways in which a batch ends, side by 
     attempt = max(a.before + 1 if a else 1 for a in attempts)
     context = Context(worker, first, attempt, None, [delivery for _, delivery, _ in members])
     errors: dict[int, BaseException] = {}
+    events = [event for _, _, event in members]
+    timeout = route.handler.timeout
     token = current.set(context)
+    began = worker.loop.time()
     try:
-        timeout = route.handler.timeout
-        async with worker.clock.timeout(timeout) if timeout else nullcontext():
-            result = await route.invoke([event for _, _, event in members], context)
+        try:
+            async with worker.clock.timeout(timeout) if timeout else nullcontext():
+                result = await route.invoke(events, context)
+        finally:
+            current.reset(token)
+            worker.meter.left -= 1
+            if worker.meter.left <= 0:
+                worker.meter.took(began, first.message, len(members))
+        if worker.limiter is not None:
+            learn(worker, worker.limiter, began)
         if worker.circuit is not None:
             worker.circuit.worked()
         if result is not None:
@@ -149,6 +159,8 @@ async def _invoke_batch(  # noqa: C901  the ways in which a batch ends, side by 
     except BaseException as error:
         if isinstance(error, (KeyboardInterrupt, SystemExit)):
             raise
+        if worker.limiter is not None and isinstance(error, TimeoutError):
+            learn(worker, worker.limiter, began)
         if worker.circuit is not None and worker.circuit.concerns(error):
             errors = dict.fromkeys(range(len(members)), error)  # nobody's fault
         elif len(members) > 1:
@@ -158,11 +170,6 @@ async def _invoke_batch(  # noqa: C901  the ways in which a batch ends, side by 
             return
         else:
             errors = {0: error}
-    finally:
-        current.reset(token)
-        worker.meter.took(members[0][0].since, first.message, len(members))
-        if worker.limiter is not None:
-            learn(worker, worker.limiter, members[0][0])
     for index in errors:
         lane, delivery, _ = members[index]
         worker.failed(lane, route, delivery, errors[index])

@@ -62,22 +62,21 @@ class Limiter:
         self._total = self._squares = 0.0
         self.full = False
 
-    def ended(self, began: float) -> int:
-        """A call that began at ``began`` (monotonic seconds) has ended; the limit from now on."""
+    def ended(self, began: float) -> None:
+        """A call that began at ``began`` (monotonic seconds) has ended: ``limit`` may change."""
         if began < self._changed:
-            return self.limit
+            return
         now = self._monotonic()
         took = now - began
         self._count += 1
         self._total += took
         self._squares += took * took
         if self._count < max(24, 2 * self.limit) or now - self._changed < WINDOW:
-            return self.limit
+            return
         mean = self._total / self._count
         error = math.sqrt(max(0.0, self._squares / self._count - mean * mean) / self._count) / max(mean, 1e-9)
         self.limit = max(1, min(MOST, self._next(mean, error)))
         self._begin()
-        return self.limit
 
     def _next(self, mean: float, error: float) -> int:
         """The limit after a window with this mean time and relative standard error."""

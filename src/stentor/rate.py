@@ -36,10 +36,10 @@ def allowed(worker: Worker) -> int:
     return 1 if worker.circuit is not None and worker.circuit.open else concurrency(worker)
 
 
-def learn(worker: Worker, limiter: Limiter, lane: Lane) -> None:
-    """Let the limiter see a call that has ended; an error that comes at once would say nothing of the load."""
+def learn(worker: Worker, limiter: Limiter, began: float) -> None:
+    """Let the limiter see a call that has ended, by when it began; an error that comes at once would say nothing of the load."""
     limiter.full = limiter.full or bool(worker.ready)
-    limiter.ended(lane.since)
+    limiter.ended(began)
     worker.most = allowed(worker)
     worker.poke()
 
@@ -57,6 +57,7 @@ class Pace:
         self._at = worker.clock.monotonic()
         self._next: dict[str, float] = {}
         """By key: when its next event may begin."""
+        self._full = KEYS
         self.closed = False
         """No handler begins until there is a token again."""
 
@@ -75,8 +76,9 @@ class Pace:
             if wait > 0:
                 self._worker.clock.call_later(wait, partial(self._again, lane))
                 return False
-            if len(self._next) >= KEYS:
+            if len(self._next) >= self._full:
                 self._next = {key: at for key, at in self._next.items() if at > now}
+                self._full = max(KEYS, 2 * len(self._next))
             self._next[lane.key] = now + self._key_wait
         if self._rate:
             self._spend(now)

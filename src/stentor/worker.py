@@ -444,7 +444,7 @@ class Worker:
                     if meter.left <= 0:
                         meter.took(lane.since, message)
                 if self.limiter is not None:
-                    learn(self, self.limiter, lane)
+                    learn(self, self.limiter, lane.since)
                 if self.circuit is not None:
                     self.circuit.worked()
                 if result is not None:
@@ -465,7 +465,7 @@ class Worker:
                     self.release(lane)
                     raise
                 if self.limiter is not None and isinstance(error, TimeoutError):
-                    learn(self, self.limiter, lane)
+                    learn(self, self.limiter, lane.since)
                 if isinstance(error, TimeoutError) and not error.args and route.handler.timeout is not None:
                     error = TimeoutError(f"no end within {route.handler.timeout:g} s")
                 self.failed(lane, route, delivery, error)

@@ -106,7 +106,9 @@ def _group(name: str, before: Reading, after: Reading) -> Flow:
         if name not in groups:
             continue
         now, then = groups[name], before.told.get(process, {}).get(name)
-        if then is not None and _ended(then) > _ended(now):  # it began anew in between
+        if then is None:  # it is new, or did not answer before: what it ended is not all of this time
+            continue
+        if _ended(then) > _ended(now):  # it began anew in between
             then = None
         done += _ended(now) - (_ended(then) if then else 0)
         retries += now["counts"]["retried"] - (then["counts"]["retried"] if then else 0)
