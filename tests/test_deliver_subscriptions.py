@@ -603,6 +603,8 @@ async def test_the_connection_is_pinned_and_the_name_stays_in_host_and_tls(tmp_p
 async def test_proxies_of_the_environment_are_not_used(receiver: Receiver, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("http_proxy", "HTTP_PROXY", "https_proxy", "ALL_PROXY"):
         monkeypatch.setenv(name, "http://127.0.0.1:1/")
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
     async with shop() as s:
         await s.make(receiver.url)
 

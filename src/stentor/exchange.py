@@ -187,8 +187,8 @@ class Exchange:
         """All of the body, refused as soon as it is known to be too large or too much beside the others."""
         program, room = self.program, self._room
         limit, taker = program.limit, program.broker.features.name
-        length = self.headers().get("content-length", "")
-        announced = int(length) if length.isascii() and length.isdigit() and len(length) < 20 else 0
+        length = dict(self._scope["headers"]).get(b"content-length", b"")
+        announced = int(length) if length.isdigit() and len(length) < 20 else 0
         if announced > limit:
             raise Refused(413, f"{announced:,} bytes; {taker} takes {limit:,} at most")
         chunks = []

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING
 
 from stentor.breaker import Breaker
@@ -121,6 +123,24 @@ class Counts:
     refused: int = 0
 
 
+async def keep(clock: Clock, log: logging.Logger, name: str, run: Callable[[], Awaitable[None]]) -> None:
+    """Run what is to run until it returns; when it fails, again after a while."""
+    wait = 1.0
+    while True:
+        began = clock.monotonic()
+        try:
+            await run()
+            return
+        except StentorError as error:
+            log.warning("%s: %s; again in %.3g s", name, error, wait)
+        except Exception:
+            log.exception("%s failed; again in %.3g s", name, wait)
+        if clock.monotonic() - began > LONGEST_WAIT:  # it had recovered from what failed before
+            wait = 1.0
+        await clock.sleep(wait)
+        wait = min(wait * 2, LONGEST_WAIT)
+
+
 class Duties:
     """What a timer or source may do while its partition is owned: keep a position, publish under the epoch."""
 
@@ -133,20 +153,7 @@ class Duties:
 
     async def keep(self, duty: Duty) -> None:
         """Run a timer or source while the partition is owned; when it fails, again after a while."""
-        group, log, wait = self._worker.group, self._worker.log, 1.0
-        while True:
-            began = self.clock.monotonic()
-            try:
-                await duty(self)
-                return
-            except StentorError as error:
-                log.warning("%s: %s; again in %.3g s", group, error, wait)
-            except Exception:
-                log.exception("%s failed; again in %.3g s", group, wait)
-            if self.clock.monotonic() - began > LONGEST_WAIT:  # it had recovered from what failed before
-                wait = 1.0
-            await self.clock.sleep(wait)
-            wait = min(wait * 2, LONGEST_WAIT)
+        await keep(self.clock, self._worker.log, self._worker.group, partial(duty, self))
 
     async def read(self, name: str) -> bytes | None:
         """A journal value kept under ``s/<name>``."""

@@ -20,7 +20,7 @@ from stentor.event import Topic
 from stentor.group import Group
 from stentor.handler import AppScope, Handler
 from stentor.message import Message, dead_topic, new_id
-from stentor.plan import Plan, Route
+from stentor.plan import Plan, Route, keep
 from stentor.priority import rank
 from stentor.schedule import TimerDuty, timer_topic
 from stentor.source import Publish, SourceDuty, SourceFunction, refused_spec, source_topic
@@ -294,15 +294,10 @@ class Program:
                 await self.declare_new()
             await self.broker.publish(messages)
 
-        wait = 1.0
-        while True:
-            try:
-                await source.run(Publish(source, group, self.runtime, write, None, keeps=False, atomic=False))
-                return
-            except Exception:
-                log.exception("source %s failed; again in %.3g s", source.name, wait)
-            await self.clock.sleep(wait)
-            wait = min(wait * 2, 60.0)
+        async def run() -> None:
+            await source.run(Publish(source, group, self.runtime, write, None, keeps=False, atomic=False))
+
+        await keep(self.clock, log, f"source {source.name}", run)
 
     def note(self, name: str, group: Group) -> str:
         def listed(handler: Handler) -> str:

@@ -70,7 +70,8 @@ async def test_mirror_is_best_effort(fault: Fault, tmp_path: Path) -> None:
         assert {answer.status_code for answer in answers} == {202}, "the publisher never learns of the mirror"
         assert taken(first) == (EVENTS, EVENTS)
         await settled(bus, mirror, MIRRORED[fault])
-        if fault not in ("down", "slow"):
+        if fault != "down":
+            await until(lambda: len(mirror.got) >= EVENTS)  # nobody waits for a mirror
             assert len(mirror.got) == EVENTS, "one attempt each"
         assert taken(mirror) == (MIRRORED[fault], MIRRORED[fault])
 
@@ -124,8 +125,6 @@ async def test_relay_hands_every_event_to_every_target(fault: Fault, tmp_path: P
         answers, _ = await publish(client)
         assert {answer.status_code for answer in answers} == {202}, "the relay has it: the publisher need not wait"
         await settled(bus, first, EVENTS)
-        if fault in ("down", "503"):
-            assert not last.accepted
         if fault == "down":
             await last.start()
         if fault in ("down", "503"):

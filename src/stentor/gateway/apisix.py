@@ -52,7 +52,7 @@ return function(conf, ctx)
     status = ok and status or 503
     if status < 200 or status > 299 then
       table.insert(missing, target.name .. "=" .. status)
-      local again = status == 408 or status == 425 or status == 429
+      local again = status == 408 or status == 409 or status == 425 or status == 429
       if status > 399 and status < 500 and not again and not refused then refused, text = status, said end
     end
   end

@@ -85,7 +85,7 @@ function envoy_on_request(handle)
     local status = tonumber(answer[":status"])
     if status < 200 or status > 299 then
       table.insert(missing, target .. "=" .. status)
-      local again = status == 408 or status == 425 or status == 429
+      local again = status == 408 or status == 409 or status == 425 or status == 429
       if status > 399 and status < 500 and not again and not refused then refused = {status, text} end
     end
   end

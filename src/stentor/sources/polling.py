@@ -172,7 +172,8 @@ class HttpPoll(Polling):
         if len(body) > LARGEST:
             raise NotNow(f"{self._url} answers more than {LARGEST} bytes")
         found = self.parse(body)
-        rows = [Row(id, f"{self._url} {id}", item) for id, item in found.items() if id not in set(heard.seen)]
+        seen = set(heard.seen)
+        rows = [Row(id, f"{self._url} {id}", item) for id, item in found.items() if id not in seen]
         if self._cursor is None:
             now.seen = list(found)
         else:  # the validators are those of another page
