@@ -27,8 +27,11 @@ def test_a_recorded_load_keeps_its_pattern_at_any_speed(tmp_path: Path) -> None:
     file.write_text("\n".join(f'{{"time": "2026-05-04T09:00:{n:02}Z"}}' for n in (0, 1, 1, 10, 20)))
     assert trace(file).at == [0, 1, 1, 10, 20]
     assert trace(file, 10).at == pytest.approx([0, 0.1, 0.1, 1, 2])
-    assert trace(file).at_rate(2, 6).at == pytest.approx([0, 0.1, 0.1, 1, 2])
-    assert trace(file).at_rate(2, 0.5).at == pytest.approx([0, 0.1, 0.1]), "no longer than asked for"
+    assert trace(file).at_rate(2, 2.4).at == pytest.approx([0, 0.1, 0.1, 1, 2])
+    assert trace(file).at_rate(2, 4).at == pytest.approx([0, 0.1, 0.1, 1, 2, 2.5, 2.6, 2.6, 3.5]), "again and again"
+    assert len(trace(file).at_rate(1000, 4).at) == pytest.approx(4000, abs=2), "also where a ramp goes far"
+    with pytest.raises(DefinitionError, match="fewer than two events"):
+        trace(file).at_rate(2, 0.5)
 
 
 @pytest.mark.parametrize(

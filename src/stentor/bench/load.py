@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_right
 from collections.abc import Sequence
 from pathlib import Path
@@ -32,11 +33,18 @@ class Load(Struct, frozen=True, kw_only=True):
         return (len(self.at) - 1) / self.at[-1] if len(self.at) > 1 and self.at[-1] > 0 else 0.0
 
     def at_rate(self, rate: float, during: float) -> Load:
-        """The same kind of load at another rate, ``during`` so many seconds at most."""
+        """The same kind of load at another rate for ``during`` seconds; a recorded one is repeated to fill them.
+
+        Raises:
+            DefinitionError: There would be fewer than two events, or all at one time.
+        """
         if self.kind:
             return modelled(self.kind, rate, during)
+        if rate * during < 2 or not self.rate:
+            raise DefinitionError(f"{self.name}: fewer than two events, or all at one time, at {rate:g}/s")
         factor = self.rate / rate
-        at = [moment * factor for moment in self.at]
+        length = len(self.at) / rate  # with the gap before it begins again
+        at = [n * length + moment * factor for n in range(math.ceil(during / length)) for moment in self.at]
         return Load(name=self.name, at=at[: max(2, bisect_right(at, during))])
 
 

@@ -37,10 +37,6 @@ class Figure(Struct, frozen=True):
     least: float
     most: float
 
-    def overlaps(self, other: Figure) -> bool:
-        """Whether the ranges meet, so that nothing can be said of which is larger."""
-        return self.least <= other.most and other.least <= self.most
-
 
 def figure(values: Sequence[float]) -> Figure | None:
     """The figure of some values; None of none."""

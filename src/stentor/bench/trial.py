@@ -108,6 +108,11 @@ class Bench(Struct, kw_only=True):
     restart: str = ""
     """A shell command that restarts the broker."""
 
+    @property
+    def step(self) -> float:
+        """Seconds of each rate of a ramp."""
+        return max(1.0, self.during / 4)
+
     async def run(self, url: str, kind: str, events: int = 0) -> Result:
         """One run: "load", "ramp", "backlog" of ``events`` events, or one of FAULTS.
 
@@ -449,7 +454,7 @@ async def _load(found: Stand, kind: str) -> Result:
 async def _ramp(found: Stand) -> Result:
     """Double the rate until it is too much, then halve the gap between what was kept up with and what was not."""
     bench = found.bench
-    step = max(1.0, bench.during / 4)
+    step = bench.step
     best: Result | None = None
     low, high = 0.0, math.inf
     rate = bench.load.rate

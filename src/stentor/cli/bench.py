@@ -96,6 +96,8 @@ def bench(
         app=app, events=events, load=times, groups=_groups(app, groups), command=member_command(), job=job,
         workers=workers, limit=seconds(p99), during=seconds(during), restart=restart or "",
     )  # fmt: skip
+    if ramp:
+        times.at_rate(times.rate, made.step)  # refused before the runs, not after them
     if html_file is not None:
         _check_page(html_file)
     kinds = ["load", *faults, *(["backlog"] if backlog else []), *(["ramp"] if ramp else [])]

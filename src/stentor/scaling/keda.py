@@ -91,6 +91,7 @@ class Scaler:
         """By URL: the last reading, and what lay between it and the one before."""
         self._ahead: dict[tuple[str, str, float], Ahead] = {}
         """By URL, group and seconds."""
+        self._reading = asyncio.Lock()
 
     async def lags(self, group: str) -> list[Lag]:
         """What the group has to do. Raises UnknownGroup."""
@@ -122,19 +123,20 @@ class Scaler:
         """What the group did until now; None before a second reading, or when no process runs."""
         if not want.url.startswith("http://"):
             raise ConfigError(f"metadata url is the http:// URL of the processes, not {want.url!r}")
-        last, flows = self._seen.get(want.url, (None, []))
-        if last is None or time.monotonic() - last.moment >= APART:
-            try:
-                now = await asyncio.to_thread(lambda: read(_addresses(want.url)))
-            except (BrokerError, OSError):  # none runs, or one has just gone: the backlog speaks for itself
-                self._seen.pop(want.url, None)
-                return None
-            flows = between(last, now) if last is not None else []
-            for (url, group, _), ahead in self._ahead.items():
-                for flow in flows:
-                    if last is not None and (url, group) == (want.url, flow.group):
-                        ahead.saw(time.time(), now.moment - last.moment, flow.arrivals)
-            self._seen[want.url] = now, flows
+        async with self._reading:  # two that ask at once are answered from one reading
+            last, flows = self._seen.get(want.url, (None, []))
+            if last is None or time.monotonic() - last.moment >= APART:
+                try:
+                    now = await asyncio.to_thread(lambda: read(_addresses(want.url)))
+                except (BrokerError, OSError):  # none runs, or one has just gone: the backlog speaks for itself
+                    self._seen.pop(want.url, None)
+                    return None
+                flows = between(last, now) if last is not None else []
+                for (url, group, _), ahead in self._ahead.items():
+                    for flow in flows:
+                        if last is not None and (url, group) == (want.url, flow.group):
+                            ahead.saw(time.time(), now.moment - last.moment, flow.arrivals)
+                self._seen[want.url] = now, flows
         return next((flow for flow in flows if flow.group == want.group and flow.service.count), None)
 
 
