@@ -398,8 +398,15 @@ def test_kill_9_on_the_way(kind: str, tmp_path: Path, tmp_path_factory: pytest.T
             await declared(broker, "x.work")
             numbers = itertools.count()
 
-            async def some() -> None:
+            published = 0
+
+            async def some(held: int) -> None:
+                nonlocal published
+                if published > held + 5000:  # it is still starting: what waits is enough to be killed over
+                    await asyncio.sleep(0.05)
+                    return
                 await broker.publish([message_of(next(numbers)) for _ in range(700)])
+                published += 700
 
             async def held() -> int:
                 return sum(topic.events for topic in await other.admin.topics() if topic.name == "orders")
@@ -407,9 +414,9 @@ def test_kill_9_on_the_way(kind: str, tmp_path: Path, tmp_path_factory: pytest.T
             for _ in range(2):
                 before = await held()
                 process = await asyncio.create_subprocess_exec(*command, "--follow")
-                deadline = time.monotonic() + 40
-                while await held() < before + 500:
-                    await some()
+                deadline = time.monotonic() + 60
+                while (now := await held()) < before + 500:
+                    await some(now)
                     assert process.returncode is None
                     assert time.monotonic() < deadline, "nothing is copied"
                 process.send_signal(signal.SIGKILL)

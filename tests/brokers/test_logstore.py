@@ -4,6 +4,7 @@ import asyncio
 import random
 from collections.abc import AsyncGenerator
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -229,7 +230,7 @@ async def test_a_member_that_slept_through_generations_begins_anew_and_cannot_wr
         await worker.write("s", {"filling": b"x" * 50 + b"%d" % number})
     assert server.pointer > 3
     assert sleeper.get("s", "owner") == b"sleeper"
-    sleeper._follower = asyncio.create_task(sleeper._follow())
+    sleeper._follower = sleeper._spawn(sleeper._follow())
     changes.clear()
     try:
         held = await sleeper.write("s", {"stolen": b"1"}, ("owner", b"sleeper"))
@@ -273,3 +274,27 @@ async def test_a_write_that_nobody_can_read_is_unavailable_in_time() -> None:
     else:
         raise AssertionError("a write was reported although it was not read back")
     await one.close()
+
+
+async def test_a_write_that_is_refused_in_error_is_done_all_the_same() -> None:
+    """A server says that the log is gone, to the writer only: it was not, and nobody else tells the member."""
+    server = MemoryLogs()
+    member = store(server)
+    await member.open()
+    append, refused = MemoryLog.append, 0
+
+    async def not_known_yet(log: MemoryLog, record: bytes) -> None:
+        nonlocal refused
+        refused += 1
+        if refused < 4:
+            raise Dropped("not known yet")
+        await append(log, record)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(MemoryLog, "append", not_known_yet)
+        async with asyncio.timeout(60):
+            both = [member.write("s", {"counter": b"1"}), member.write("s", {"counter": b"2"}, ("counter", b"1"))]
+            assert await asyncio.gather(*both) == [True, True]
+    assert refused == 4
+    assert member.get("s", "counter") == b"2"
+    await member.close()

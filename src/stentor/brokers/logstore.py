@@ -200,7 +200,7 @@ class LogStore:
     async def open(self) -> None:
         """Read all that is there. Raises Unavailable when that takes longer than four times the patience."""
         await self._reload()
-        self._follower = asyncio.create_task(self._follow(), name="stentor logstore")
+        self._follower = self._spawn(self._follow())
         try:
             await self._write("", {}, None, 4 * self._patience)
         except BaseException:
@@ -209,8 +209,8 @@ class LogStore:
 
     async def close(self) -> None:
         """Stop reading; writes under way fail with Unavailable."""
-        tasks = [*self._tasks, *([self._follower] if self._follower else [])]
         self._follower = None
+        tasks = list(self._tasks)
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -297,10 +297,13 @@ class LogStore:
         try:
             await log.append(_encode(writes))
         except Dropped:
-            if log is self._log:
-                self._live.clear()  # the follower is about to see it too, and begins anew
             for write in writes:
                 self._resolve(write.number, None)
+            # The follower may not see it: a server that has just begun does not know each log at once.
+            if log is self._log and self._follower is not None:
+                self._lost()
+                self._follower.cancel()
+                self._follower = self._spawn(self._follow(gone=True))
         except BrokerError as error:
             await asyncio.sleep(0.1)
             for write in writes:
@@ -309,10 +312,11 @@ class LogStore:
                 elif (future := self._pending.get(write.number)) is not None and not future.done():
                     future.set_exception(error)
 
-    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
-        task = asyncio.create_task(work)
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        task = asyncio.create_task(work, name="stentor logstore")
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+        return task
 
     def _resolve(self, number: int, outcome: bool | None) -> None:
         future = self._pending.get(number)
@@ -340,9 +344,9 @@ class LogStore:
         self._parts = {}
         self._live.clear()
 
-    async def _follow(self) -> None:
+    async def _follow(self, *, gone: bool = False) -> None:
+        """Read on; where the log is gone, from the newest generation's beginning."""
         wait = 0.05
-        gone = False
         while True:
             try:
                 if gone:
@@ -356,14 +360,17 @@ class LogStore:
                         self._take(record)
             except Dropped:
                 gone = True
-                self._live.clear()
-                for number in self._idle:
-                    self._resolve(number, None)
-                self._fail(Unavailable("the log went on without this member"))
+                self._lost()
             except BrokerError as error:
                 self._trouble = error
                 await asyncio.sleep(wait * random.uniform(0.5, 1.0))  # noqa: S311
                 wait = min(2.0, wait * 2)
+
+    def _lost(self) -> None:
+        self._live.clear()
+        for number in self._idle:
+            self._resolve(number, None)
+        self._fail(Unavailable("the log went on without this member"))
 
     async def _records(self) -> AsyncGenerator[Record, None]:
         """The records of the generation from where it stands, until it is sealed or cannot be read."""
