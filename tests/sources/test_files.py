@@ -7,12 +7,14 @@ import logging
 import uuid
 from functools import partial
 from pathlib import Path
+from typing import Any, Literal
 
 import fsspec
 import pytest
 
 from stentor import Event
 from stentor.errors import ConfigError, DefinitionError
+from stentor.source import Publish
 from stentor.sources.files import Folder, Objects
 from tests.command import dead, redrive
 from tests.sources import reading
@@ -98,6 +100,57 @@ async def test_what_changed_is_read_again_and_what_is_durable_may_be_deleted(tmp
         await until(lambda: len(found) == 3)
     async with running(Folder(tmp_path / "*", to=Line, format="jsonl", settle="0s", after="delete")) as found:
         await until(lambda: len(found) == 2 and not path.exists())
+
+
+@pytest.mark.parametrize(("form", "text"), [("file", ""), ("jsonl", '{"n": 1}\n{"n": 2}\n'), ("jsonl", "")])
+async def test_many_small_files_are_few_writes(
+    tmp_path: Path, form: Literal["file", "jsonl"], text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The position tells of each file that is there: written for each of them, it would be written in squares."""
+    for n in range(1200):
+        (tmp_path / f"{n}").write_text(text)
+    positions = []
+    publish = Publish.__call__
+
+    async def counted(self: Publish, *args: Any, position: Any = None, **options: Any) -> None:
+        positions.append(len(position["seen"]))
+        await publish(self, *args, position=position, **options)
+
+    monkeypatch.setattr(Publish, "__call__", counted)
+    to = FileCame if form == "file" else Line
+    async with running(Folder(tmp_path / "*", to=to, format=form, settle="0s", after="delete")) as found:
+        await until(lambda: list(tmp_path.iterdir()) == [])
+        await until(lambda: len(found) == 1200 * (1 if form == "file" else text.count("n")))
+    assert len(positions) <= 6
+    assert positions[-1] == 1200
+
+
+async def test_a_file_that_cannot_be_read_or_removed_stops_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("a", "b", "c"):
+        (tmp_path / name).write_text(f'{{"n": {ord(name)}}}\n')
+    opened, removed = Folder.open, Folder.remove
+
+    def open(self: Folder, name: str) -> Any:
+        if name == "a" and denied:
+            raise PermissionError("not now")
+        return opened(self, name)
+
+    def remove(self: Folder, name: str) -> None:
+        if name == "b":
+            raise PermissionError("never")
+        removed(self, name)
+
+    denied = True
+    monkeypatch.setattr(Folder, "open", open)
+    monkeypatch.setattr(Folder, "remove", remove)
+    source = Folder(tmp_path / "*", to=Line, format="jsonl", settle="0s", every="50ms", after="delete")
+    async with running(source) as found:
+        await until(lambda: [line.n for line in found] == [98, 99] and not (tmp_path / "c").exists())
+        denied = False
+        await until(lambda: [line.n for line in found] == [98, 99, 97] and not (tmp_path / "a").exists())
+    assert [path.name for path in tmp_path.iterdir()] == ["b"]
 
 
 @pytest.mark.slow

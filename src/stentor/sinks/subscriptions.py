@@ -137,6 +137,9 @@ class Subscriptions:
         for cls in types:
             self._classes |= dict.fromkeys(app.catalog.add(cls, "app.subscriptions: ").names, cls)
         self._program: Program | None = None
+        self._found: dict[str, Record] = {}
+        self._next = 0
+        """The offset behind the last record that was read."""
         self.changed = asyncio.Event()
         """Set by this process's own changes: no need to wait for the next look."""
 
@@ -146,7 +149,7 @@ class Subscriptions:
         if self._program is not program:
             keeper = Subscription(group=f"{self.name}.kept", topics=(self._topic,), app=self.name)
             await program.broker.declare([Topic(self._topic, partitions=1)], [keeper])
-            self._program = program
+            self._program, self._found, self._next = program, {}, 0
 
     async def write(self, program: Program, record: Record) -> None:
         await self.declare(program)
@@ -161,11 +164,12 @@ class Subscriptions:
     async def read(self, program: Program) -> dict[str, Record]:
         """The last record of each id, deleted ones too."""
         await self.declare(program)
-        found: dict[str, Record] = {}
-        async for _, message in program.broker.browse(self._topic, "earliest", follow=False):
-            record = _decode(message.data)
-            found[record.wanted.id] = record
-        return found
+        async for offset, message in program.broker.browse(self._topic, self._next, follow=False):
+            if offset >= self._next:  # another request may have read it meanwhile
+                record = _decode(message.data)
+                self._found[record.wanted.id] = record
+                self._next = offset + 1
+        return self._found.copy()
 
     async def delete(self, program: Program, record: Record) -> None:
         await self.write(program, msgspec.structs.replace(record, deleted=True))

@@ -87,39 +87,58 @@ class _Files:
                 del seen[gone]
             new = sorted((f for f in listed if seen.get(f.name) != f.version), key=lambda f: (f.modified, f.name))
             publish.counts.lag = len(new)
-            for file in new:
-                if time.time() - file.modified < self._settle:
-                    continue  # it may be written still
-                try:
-                    await self._take(publish, file, seen)
-                except FileNotFoundError:
-                    continue
-                except OSError as error:
-                    publish.counts.errors += 1
-                    log.warning("source %s: %s: %s; again in %.3g s", self.name, file.name, error, self._every)
-                    continue
-                publish.counts.lag -= 1
+            # Those that are younger may be written still.
+            await self._take(publish, [f for f in new if time.time() - f.modified >= self._settle], seen)
 
-    async def _take(self, publish: Publish, file: Found, seen: dict[str, str]) -> None:
-        id = f"{file.name}\0{file.version}"
-        if self._format == "file":
-            value = {"name": file.name, "size": file.size, "modified": file.modified}
-            seen[file.name] = file.version
-            await publish.rows([Row(id, file.name, value)], position={"seen": seen})
-        else:
+    async def _take(self, publish: Publish, files: Sequence[Found], seen: dict[str, str]) -> None:
+        """Publish files, small ones together: each time the position is written, it tells of all that is there."""
+        rows: list[Row] = []
+        whole: list[Found] = []
+
+        async def store(at: Any = None) -> None:
+            seen.update((file.name, file.version) for file in whole)
+            await publish.rows(rows, position={"seen": seen} | ({"at": at} if at else {}))
+            rows.clear()
+            publish.counts.lag -= len(whole)
+            for file in whole if self._after == "delete" else ():
+                try:
+                    await asyncio.to_thread(self.remove, file.name)
+                except OSError as error:
+                    failed(file, error)
+            whole.clear()
+
+        def failed(file: Found, error: OSError) -> None:
+            publish.counts.errors += 1
+            log.warning("source %s: %s: %s", self.name, file.name, error)
+
+        for file in files:
             at = (publish.position or {}).get("at")  # [name, version, rows] of the file that was being read
             done = at[2] if at is not None and at[:2] == [file.name, file.version] else 0
-            chunks = self._chunks(file, id, done)
-            while chunk := await asyncio.to_thread(next, chunks, None):
-                done += len(chunk)
-                await publish.rows(chunk, position={"seen": seen, "at": [file.name, file.version, done]})
-            seen[file.name] = file.version
-            await publish([], position={"seen": seen})
-        if self._after == "delete":
-            await asyncio.to_thread(self.remove, file.name)
+            chunks = self._chunks(file, done)
+            try:
+                while chunk := await asyncio.to_thread(next, chunks, None):
+                    rows += chunk
+                    done += len(chunk)
+                    if len(rows) >= CHUNK:
+                        await store([file.name, file.version, done])
+                whole.append(file)
+            except FileNotFoundError:
+                continue
+            except OSError as error:
+                failed(file, error)  # the next look reads it again, behind what is stored now
+                await store([file.name, file.version, done])
+            if len(whole) >= CHUNK:  # empty ones
+                await store()
+        if whole:
+            await store()
 
-    def _chunks(self, file: Found, id: str, done: int) -> Iterator[list[Row]]:
+    def _chunks(self, file: Found, done: int) -> Iterator[list[Row]]:
         """The rows of a file behind the first ``done``; for threads, and closed by itself when it is dropped."""
+        id = f"{file.name}\0{file.version}"
+        if self._format == "file":
+            if not done:
+                yield [Row(id, file.name, {"name": file.name, "size": file.size, "modified": file.modified})]
+            return
         with self.open(file.name) as stream:
             rows = islice(rows_of(stream, self._format, id, file.name), done, None)
             while chunk := list(islice(rows, CHUNK)):
