@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import sys
 from typing import Any
 
@@ -12,6 +13,7 @@ from opentelemetry.sdk.metrics.export import InMemoryMetricReader
 
 from stentor import App, Event, Retry
 from stentor.errors import ConfigError
+from stentor.health import Health
 from stentor.observe.otel import export
 from stentor.testing.conformance.stage import until
 
@@ -74,10 +76,30 @@ async def test_it_reads_what_the_program_counts_and_measures() -> None:
             assert (seen("handled"), seen("dead"), seen("failed")) == (9, 1, 0), run
             assert seen("handler.count") >= 9
             assert 0.005 < seen("handler.time") / seen("handler.count") < 1
-            assert (seen("running"), seen("concurrency"), seen("held"), seen("failed_worker")) == (0, 64, 0, 0)
+            assert (seen("running"), seen("concurrency"), seen("held"), seen("worker_failed")) == (0, 64, 0, 0)
             assert seen("partitions") > 0
             assert seen("lag") == 0
         assert Seen(reader).found == {}
+
+
+async def test_the_names_are_those_of_the_metrics() -> None:
+    reader = InMemoryMetricReader()
+    app = shop()
+    export(app, MeterProvider([reader]).get_meter("stentor"))
+    async with app.running() as program:
+        await app.publish(Placed(customer="ada"))
+        await until(lambda: done(app) == 1)
+        body, _ = await Health(program).metrics("text/plain", {}, 0)
+        Seen(reader)
+        await until(lambda: "stentor.lag" in Seen(reader).found)
+        told = {name.removesuffix(".time") for name in Seen(reader).found if not name.endswith(".count")}
+    of_groups = {
+        re.sub("_total$|_seconds_count$", "", name).removeprefix("stentor_")
+        for name in re.findall(r"^(\w+)\{.*group=", body.decode(), re.MULTILINE)
+        if not name.endswith(("_created", "_bucket", "_sum"))
+    }
+    renamed = {"lag_events": "lag", "lag_seconds": "lag.age", "parked_events": "parked"}
+    assert {f"stentor.{renamed.get(name, name)}" for name in of_groups} == told
 
 
 async def test_what_waits_is_told() -> None:

@@ -20,8 +20,11 @@ if TYPE_CHECKING:
 
     Callback = Callable[[CallbackOptions], Iterable[Observation]]
 
-TIMES = {"handler": ("service", "What handlers took."), "waiting": ("waiting", "From events' own times to handlers.")}
-"""By name: the histogram of a worker's meter, given as its sum and as its count of events."""
+TIMES = {
+    "handler": ("service", "What handlers took."), "waiting": ("waiting", "From events' own times to handlers."),
+    "settle": ("settling", "What the broker took for batches of settlements."),
+}  # fmt: skip
+"""By name: the histogram of a worker's meter, given as its sum and its count."""
 
 
 def export(app: App, meter: Meter | None = None) -> None:
@@ -46,14 +49,19 @@ def export(app: App, meter: Meter | None = None) -> None:
         meter.create_observable_counter(f"stentor.{name}.time", [found.of(attrgetter(f"meter.{of}.total"))], "s", text)
         meter.create_observable_counter(
             f"stentor.{name}.count", [found.of(attrgetter(f"meter.{of}.count"))], "{event}",
-            f"Events in stentor.{name}.time.",
+            f"Those of stentor.{name}.time.",
         )  # fmt: skip
     gauges: dict[str, tuple[Callable[[Worker], float], str, str]] = {
+        "in_flight": (
+            lambda worker: sum(share.inflight for share in worker.shares.values()),
+            "{event}",
+            "Deliveries fetched and not settled yet.",
+        ),
         "running": (lambda worker: worker.running, "{handler}", "Handlers that run now."),
         "concurrency": (concurrency, "{handler}", "Handlers that may run at once."),
         "partitions": (lambda worker: worker.partitions, "{partition}", "Partitions that this process owns."),
         "held": (lambda worker: worker.hold.reason is not None, "1", "1 while the group begins nothing new."),
-        "failed_worker": (lambda worker: worker.failure is not None, "1", "1 when the worker stopped by itself."),
+        "worker_failed": (lambda worker: worker.failure is not None, "1", "1 when the worker stopped by itself."),
         "hottest_key_share": (lambda worker: worker.meter.keys.share, "1", "Share of the commonest key."),
     }
     for name, (figure, unit, text) in gauges.items():

@@ -99,7 +99,7 @@ class _Files:
             seen.update((file.name, file.version) for file in whole)
             await publish.rows(rows, position={"seen": seen} | ({"at": at} if at else {}))
             rows.clear()
-            publish.counts.lag -= len(whole)
+            publish.counts.lag = (publish.counts.lag or 0) - len(whole)
             for file in whole if self._after == "delete" else ():
                 try:
                     await asyncio.to_thread(self.remove, file.name)
