@@ -13,7 +13,7 @@ import pytest
 from stentor import App, Context, Group, Message, Named, Outgoing, Receipt, Retry
 from stentor.brokers.memory import MemoryBroker
 from stentor.clock import SystemClock
-from stentor.connect import BrokerUrl
+from stentor.connect import BrokerUrl, connect
 from stentor.errors import (
     ConfigError,
     DefinitionError,
@@ -458,6 +458,7 @@ async def test_a_delayed_event_is_not_early_and_survives_a_restart_of_the_app() 
         ("memory://?max_bytes=lots", "option max_bytes='lots'"),
         ("memory://?max_bytes=5&max_bytes=6", "an option stands twice"),
         ("memory://?namespace=a%20b", "namespace 'a b'"),
+        ("kafka://me:secret@[::1", "broker '…@[::1' is no URL: Invalid IPv6 URL"),
     ],
 )
 async def test_a_wrong_broker_url_is_refused_at_start(url: str, complaint: str) -> None:
@@ -465,6 +466,32 @@ async def test_a_wrong_broker_url_is_refused_at_start(url: str, complaint: str) 
     with pytest.raises(DefinitionError, match=re.escape(complaint)):
         async with app:
             pass
+
+
+@pytest.mark.parametrize("scheme", ["amqp", "amqps", "kafka", "nats", "postgresql", "redis", "rocketmq"])
+@pytest.mark.parametrize("address", ["one:nine", "one:", "one:99999", "::1", "one:1:2"])
+def test_what_is_no_address_is_refused(scheme: str, address: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(f"{address!r} is no host and port; write host:")):
+        connect(f"{scheme}://{address}")
+
+
+@pytest.mark.parametrize(
+    ("host", "addresses"),
+    [
+        ("", ["localhost:1"]), ("one", ["one:1"]), (":5", ["localhost:5"]), ("one,two:5", ["one:1", "two:5"]),
+        ("u:p@one:7", ["one:7"]), ("[::1]", ["[::1]:1"]), ("[fe80::1%25eth0]:8,one", ["[fe80::1%25eth0]:8", "one:1"]),
+    ],
+)  # fmt: skip
+def test_addresses(host: str, addresses: list[str]) -> None:
+    found = BrokerUrl(f"kafka://{host}/").addresses(1)
+    assert [str(address) for address in found] == addresses
+    assert all("[" not in name for name, _ in found)
+
+
+@pytest.mark.parametrize("scheme", ["amqp", "postgresql", "redis"])
+def test_several_addresses_where_one_can_be_are_refused(scheme: str) -> None:
+    with pytest.raises(ConfigError, match=f"{scheme}://one,two:5: name one host"):
+        connect(f"{scheme}://one,two:5")
 
 
 async def test_a_broker_weaker_than_the_demand_is_refused() -> None:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable
 from importlib.metadata import EntryPoint, entry_points
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 from urllib.parse import parse_qsl, unquote, urlsplit
 
 from stentor.broker import Broker
@@ -14,6 +15,16 @@ from stentor.errors import ConfigError
 from stentor.event import check_name
 
 T = TypeVar("T")
+
+
+class Address(NamedTuple):
+    """Where a server listens; as text ``host:port``, an IPv6 address in brackets."""
+
+    host: str
+    port: int
+
+    def __str__(self) -> str:
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
 
 
 class BrokerUrl:
@@ -28,7 +39,10 @@ class BrokerUrl:
             raise ConfigError(
                 f"broker {_hide(str(text))!r} is no URL; write for example sqlite:///stentor.db or memory://"
             )
-        parts = urlsplit(text)
+        try:
+            parts = urlsplit(text)
+        except ValueError as error:
+            raise ConfigError(f"broker {_hide(text)!r} is no URL: {error}") from None
         self.scheme = parts.scheme
         self.host = parts.netloc.rpartition("@")[2]
         self.path = unquote(parts.path)
@@ -59,6 +73,25 @@ class BrokerUrl:
             return parse(text) if parse else text  # type: ignore[return-value]
         except ValueError as error:
             raise ConfigError(f"{self}: option {name}={text!r}: {error}") from None
+
+    def addresses(self, port: int) -> list[Address]:
+        """The servers; ``port`` where none is given, localhost for no host. Raises ConfigError."""
+        found = []
+        for part in self.host.split(","):
+            match = re.fullmatch(r"(\[[^\[\]]+\]|[^:\[\]]*)(?::([0-9]{1,5}))?", part)
+            if match is None or int(match[2] or port) > 65535:
+                raise ConfigError(
+                    f"{self}: {part!r} is no host and port; write host:{port}, or [::1]:{port} for an IPv6 address"
+                )
+            found.append(Address(match[1].strip("[]") or "localhost", int(match[2] or port)))
+        return found
+
+    def address(self, port: int) -> Address:
+        """As ``addresses``, where there can be one only. Raises ConfigError."""
+        first, *others = self.addresses(port)
+        if others:
+            raise ConfigError(f"{self}: name one host")
+        return first
 
     def finish(self) -> None:
         """Refuse the options that are left."""

@@ -689,7 +689,7 @@ def test_what_is_no_source_is_refused() -> None:
         MysqlChanges("postgresql://x/y", tables, name="one")
     with pytest.raises(ConfigError, match="unknown option"):
         MysqlChanges("mysql://x/y?wrong=1", tables, name="one")
-    with pytest.raises(ConfigError, match="the port is no number"):
+    with pytest.raises(ConfigError, match="'x:port' is no host and port"):
         MysqlChanges("mysql://x:port/y", tables, name="one")
     with pytest.raises(DefinitionError, match="server_id must be 1 to 4294967295, not 0"):
         MysqlChanges("mysql://x/y", tables, name="one", server_id=0)

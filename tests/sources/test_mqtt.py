@@ -279,9 +279,9 @@ def test_what_is_no_pattern_is_refused(pattern: str) -> None:
         ("http://localhost", "is no MQTT URL"),
         ("mqtt://localhost?version=4", "version must be 5 or 3.1.1"),
         ("mqtt://localhost?colour=red", "unknown option colour"),
-        ("mqtt://localhost?ca=x", "for mqtts"),
+        ("mqtt://localhost?ca=x", "ca, cert and key are for TLS: write tls=1 too"),
         ("mqtts://localhost?ca=/not/there", "No such file"),
-        ("mqtt://", "no host"),
+        ("mqtt://localhost:nine", "'localhost:nine' is no host and port"),
     ],
 )
 def test_a_wrong_url_is_refused_at_once(url: str, complaint: str) -> None:

@@ -33,7 +33,8 @@ def client_settings(url: BrokerUrl, tls: Trust | None) -> dict[str, Any]:
     """What every client of a URL is made with; takes the option ``sasl``."""
     mechanism = url.option("sasl", "SCRAM-SHA-512")
     settings: dict[str, Any] = {
-        "bootstrap.servers": url.host, "client.id": "stentor", "log_level": 2, "reconnect.backoff.ms": 50,
+        "bootstrap.servers": ",".join(map(str, url.addresses(9092))), "client.id": "stentor", "log_level": 2,
+        "reconnect.backoff.ms": 50,
         "reconnect.backoff.max.ms": 1000, "socket.timeout.ms": 5_000, "socket.keepalive.enable": True,
         "socket.nagle.disable": True, "topic.metadata.refresh.fast.interval.ms": 20,
         "security.protocol": ("SASL_" if url.user else "") + ("SSL" if tls else "PLAINTEXT"),

@@ -75,7 +75,7 @@ class NatsBroker(LogStateBroker):
         creds = url.option("creds", "")
         self._replicas = url.option("replicas", 1, int)
         durable: Any = url.option("durable", "process", _durable)
-        self._options: dict[str, Any] = {"servers": [f"nats://{host}" for host in url.host.split(",")]}
+        self._options: dict[str, Any] = {"servers": [f"nats://{server}" for server in url.addresses(4222)]}
         if url.user:
             self._options |= {"user": url.user, "password": url.password or ""}
         if creds:

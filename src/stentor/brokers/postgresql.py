@@ -66,12 +66,12 @@ class PostgresBroker(LogBroker):
 
     def __init__(self, url: BrokerUrl, clock: Clock) -> None:
         super().__init__(url, clock)
-        host, _, port = url.host.rpartition(":") if ":" in url.host.rpartition("]")[2] else (url.host, "", "5432")
+        host, port = url.address(5432)
         self._schema = url.option("schema", "stentor")
         if not re.fullmatch(r"[a-z_][a-z0-9_]*", self._schema):
             raise ConfigError(f"{url}: schema={self._schema!r} is no plain name")
         self._arguments: dict[str, Any] = {
-            "host": host.strip("[]") or "localhost", "port": int(port), "dbname": url.path.strip("/") or url.user,
+            "host": host, "port": port, "dbname": url.path.strip("/") or url.user,
             "user": url.user, "password": url.password, "connect_timeout": 5, "application_name": "stentor",
         }  # fmt: skip
         if tls := trust(url, 5432):

@@ -280,10 +280,10 @@ class RabbitMQBroker(LogStateBroker):
         super().__init__(url, clock)
         self.tls = tls = trust(url, 5671, secure=url.scheme == "amqps")
         context = tls.context if tls else None
-        host, _, port = url.host.partition(":")
+        host, port = url.address(5671 if tls else 5672)
         user = None if tls and tls.cert and not url.user else url.user or "guest"
         self._login = Login(
-            host or "localhost", int(port or (5671 if context else 5672)), unquote(url.path.strip("/")) or "/", user,
+            host, port, unquote(url.path.strip("/")) or "/", user,
             url.password or ("" if url.user else "guest"), context, HEARTBEAT,
         )  # fmt: skip
         self._replicas = url.option("replicas", 0, int)

@@ -183,10 +183,10 @@ class RedisBroker(LogBroker):
 
     def __init__(self, url: BrokerUrl, clock: Clock) -> None:
         super().__init__(url, clock)
-        host, _, port = url.host.rpartition(":") if ":" in url.host.rpartition("]")[2] else (url.host, "", "6379")
+        host, port = url.address(6379)
         self.tls = tls = trust(url, 6379, secure=url.scheme == "rediss")
         self._options: dict[str, Any] = {
-            "host": host.strip("[]") or "localhost", "port": int(port), "db": int(url.path.strip("/") or 0),
+            "host": host, "port": port, "db": int(url.path.strip("/") or 0),
             "username": url.user, "password": url.password, "socket_connect_timeout": 5.0,
             "retry": Retry(NoBackoff(), 0), "health_check_interval": 0, "protocol": 2,
         }  # fmt: skip

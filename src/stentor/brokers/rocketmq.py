@@ -90,7 +90,7 @@ class RocketMQBroker(LogStateBroker):
 
     def __init__(self, url: BrokerUrl, clock: Clock) -> None:
         super().__init__(url, clock)
-        self._name_servers = url.host.split(",")
+        self._name_servers = [str(server) for server in url.addresses(9876)]
         self.tls = trust(url, 9876)
         self.context = self.tls.context if self.tls else None
         self.signer = Signer(url.user, url.password or "") if url.user else None

@@ -164,10 +164,10 @@ def messages(data: bytes) -> Iterator[Pulled]:
         at += length
 
 
-def address(text: str, default: int = 9876) -> tuple[str, int]:
-    """Host and port of ``host:port``, ``host`` or ``[host]:port``."""
-    host, _, port = text.rpartition(":") if ":" in text.rpartition("]")[2] else (text, "", "")
-    return host.strip("[]") or "localhost", int(port or default)
+def address(text: str) -> tuple[str, int]:
+    """Host and port of ``host:port`` or ``[host]:port``."""
+    host, _, port = text.rpartition(":")
+    return host.strip("[]"), int(port)
 
 
 class Link(asyncio.Protocol):

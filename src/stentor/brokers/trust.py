@@ -7,7 +7,7 @@ import ssl
 
 from msgspec import Struct
 
-from stentor.connect import BrokerUrl
+from stentor.connect import Address, BrokerUrl
 from stentor.errors import AuthenticationFailed, ConfigError
 
 _ALERTS = ("certificate", "unknown ca", "unknown_ca")
@@ -20,7 +20,7 @@ class Trust(Struct, frozen=True):
     cert: str
     key: str
     context: ssl.SSLContext
-    hosts: tuple[tuple[str, int], ...]
+    hosts: tuple[Address, ...]
     greeted: bool
 
     async def refusal(self) -> str:
@@ -68,9 +68,7 @@ def trust(url: BrokerUrl, port: int, *, secure: bool = False, greeted: bool = Fa
     except OSError as error:  # ssl.SSLError is one
         named = ", ".join(f"{name}={path}" for name, path in (("ca", ca), ("cert", cert), ("key", key)) if path)
         raise ConfigError(f"{url}: the files cannot be read ({named}): {error.strerror or error}") from None
-    parts = [part.rpartition(":") if ":" in part.rpartition("]")[2] else (part, "", "") for part in url.host.split(",")]
-    hosts = tuple((host.strip("[]") or "localhost", int(given or port)) for host, _, given in parts)
-    return Trust(ca, cert, key or cert, context, hosts, greeted)
+    return Trust(ca, cert, key or cert, context, tuple(url.addresses(port)), greeted)
 
 
 def refuses_certificate(text: str) -> bool:

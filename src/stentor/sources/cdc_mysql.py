@@ -508,12 +508,10 @@ def _parsed(url: str) -> tuple[dict[str, Any], str, str]:
         raise ConfigError(f"{parsed}: write mysql://user@host:3306/database")
     tls = trust(parsed, 3306)
     parsed.finish()
-    host, _, port = parsed.host.rpartition(":") if ":" in parsed.host.rpartition("]")[2] else (parsed.host, "", "")
-    if port and not port.isdigit():
-        raise ConfigError(f"{parsed}: the port is no number")
+    host, port = parsed.address(3306)
     database = parsed.path.strip("/")
     arguments: dict[str, Any] = {
-        "host": host.strip("[]") or "localhost", "port": int(port or 3306), "user": parsed.user,
+        "host": host, "port": port, "user": parsed.user,
         "password": (parsed.password or "").encode(),  # the client would write text in Latin-1
         "database": database or None, "charset": "utf8mb4", "autocommit": True, "connect_timeout": 10,
     }  # fmt: skip

@@ -14,7 +14,6 @@ import logging
 import os
 import re
 import socket
-import ssl
 import sys
 import tempfile
 from collections import deque
@@ -25,6 +24,7 @@ from typing import IO, TYPE_CHECKING, Any
 import msgspec
 from msgspec import Struct
 
+from stentor.brokers.trust import trust
 from stentor.clock import Duration, seconds
 from stentor.cloudevents import STRUCTURED, from_attributes, from_structured
 from stentor.connect import BrokerUrl
@@ -80,8 +80,17 @@ class Connection:
             from paho.mqtt.properties import Properties
         except ImportError:
             raise ConfigError("MQTT needs paho-mqtt: pip install 'stentor[mqtt]'") from None
-        self.place, version, keepalive, tls = _parse(url)
         parsed = BrokerUrl(url)
+        if parsed.scheme not in ("mqtt", "mqtts"):
+            raise ConfigError(f"{parsed} is no MQTT URL; write mqtt://host or mqtts://host")
+        version = parsed.option("version", "5")
+        if version not in ("5", "3.1.1"):
+            raise ConfigError(f"{parsed}: option version must be 5 or 3.1.1, not {version!r}")
+        keepalive = parsed.option("keepalive", 30, int)
+        tls = trust(parsed, 8883, secure=parsed.scheme == "mqtts")
+        parsed.finish()
+        host, port = parsed.address(8883 if tls else 1883)
+        self.place = str(parsed)
         self.five = version == "5"
         self.client: Client = paho.Client(
             CallbackAPIVersion.VERSION2, client_id, clean_session=None if self.five else not session,
@@ -90,9 +99,8 @@ class Connection:
         if parsed.user:
             self.client.username_pw_set(parsed.user, parsed.password)
         if tls is not None:
-            self.client.tls_set_context(tls)
+            self.client.tls_set_context(tls.context)
         self.client.reconnect_delay_set(1, 30)
-        host, port = _address(parsed)
         self._connect: dict[str, Any] = {"host": host, "port": port, "keepalive": keepalive}
         if self.five:
             properties = Properties(PacketTypes.CONNECT)  # type: ignore[no-untyped-call]
@@ -141,40 +149,6 @@ class Connection:
         self.errors += 1
         log.warning("%s: no connection: %s; trying again", self.place, sys.exc_info()[1])
         self.on_change()
-
-
-def _parse(url: str) -> tuple[str, str, int, ssl.SSLContext | None]:
-    """Name for messages, protocol version, keepalive and TLS settings of a URL. Raises ConfigError."""
-    parsed = BrokerUrl(url)
-    if parsed.scheme not in ("mqtt", "mqtts"):
-        raise ConfigError(f"{parsed} is no MQTT URL; write mqtt://host or mqtts://host")
-    version = parsed.option("version", "5")
-    if version not in ("5", "3.1.1"):
-        raise ConfigError(f"{parsed}: option version must be 5 or 3.1.1, not {version!r}")
-    keepalive = parsed.option("keepalive", 30, int)
-    ca, cert, key = (parsed.option(name, "") for name in ("ca", "cert", "key"))
-    parsed.finish()
-    _address(parsed)
-    if parsed.scheme == "mqtt":
-        if ca or cert or key:
-            raise ConfigError(f"{parsed}: ca, cert and key are for mqtts://")
-        return str(parsed), version, keepalive, None
-    try:
-        context = ssl.create_default_context(cafile=ca or None)
-        if cert:
-            context.load_cert_chain(cert, key or None)
-    except OSError as error:
-        raise ConfigError(f"{parsed}: {error}") from None
-    return str(parsed), version, keepalive, context
-
-
-def _address(url: BrokerUrl) -> tuple[str, int]:
-    host, colon, port = url.host.rpartition(":")
-    if not colon or port.endswith("]"):
-        host, port = url.host, "8883" if url.scheme == "mqtts" else "1883"
-    if not host or not port.isdigit():
-        raise ConfigError(f"{url}: no host and port")
-    return host.strip("[]"), int(port)
 
 
 class _Pattern:

@@ -98,9 +98,9 @@ def arguments_of(url: str) -> tuple[str, dict[str, Any]]:
         raise ConfigError(f"{parsed} is no RabbitMQ URL; write amqp://host or amqps://host")
     tls = trust(parsed, 5671, secure=parsed.scheme == "amqps")
     parsed.finish()
-    host, _, port = parsed.host.partition(":")
+    host, port = parsed.address(5671 if tls else 5672)
     arguments: dict[str, Any] = {
-        "host": host, "port": int(port or (5671 if tls else 5672)), "login": parsed.user or "guest",
+        "host": host, "port": port, "login": parsed.user or "guest",
         "password": parsed.password or "guest", "virtualhost": parsed.path[1:] or "/",
     }  # fmt: skip
     return str(parsed), arguments | ({} if tls is None else {"ssl": True, "ssl_context": tls.context})
