@@ -100,7 +100,7 @@ class Story:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.env = {
-            **{name: value for name, value in os.environ.items() if not name.startswith("STENTOR_")},
+            **{name: value for name, value in os.environ.items() if not name.startswith(("STENTOR_", "PYTEST_"))},
             "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
             "NO_COLOR": "1",
             "COLUMNS": "100",

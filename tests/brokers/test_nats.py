@@ -108,6 +108,30 @@ async def test_many_of_one_key_keep_their_order(kind: str, tmp_path_factory: pyt
         await broker.close()
 
 
+@pytest.mark.parametrize("kind", ["nats", "nats29"])
+@pytest.mark.parametrize("left", [0, 2])
+async def test_what_is_removed_while_it_is_read(
+    kind: str, left: int, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between the count and the reading: nobody waits for what is no more, as other readers of the topic go on."""
+    broker = await opened(fresh(server_url(kind, tmp_path_factory), partitions=1))
+    try:
+        await broker.declare([Topic("t")], [])
+        await broker.publish([message(str(n)) for n in range(5)])
+        stored, look = broker.prefix + "t", broker._look
+
+        async def remove_them(topic: str, index: int, offset: int) -> tuple[str, int]:
+            found = await look(topic, index, offset)
+            await broker.trim(topic, index, 6 - left)
+            return found
+
+        monkeypatch.setattr(broker, "_look", remove_them)
+        page = await broker.page(stored, 0, 1, 5)
+        assert [entry.message.id for entry in page] == ["3", "4"][2 - left :]
+    finally:
+        await broker.close()
+
+
 async def test_what_others_publish(plain: str) -> None:
     """A plain message on a subject of a topic is an event without attributes of its own."""
     broker = await opened(plain)

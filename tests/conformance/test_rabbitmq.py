@@ -1,8 +1,16 @@
 """The RabbitMQ broker keeps the contract, in one process and over several."""
 
+import contextlib
+from collections.abc import AsyncIterator
+from functools import partial
+from typing import Any
+
 import pytest
 
-from stentor.brokers import log
+from stentor.brokers import log, rabbitmq
+from stentor.brokers.rabbitmq_wire import Channel
+from stentor.connect import connect
+from stentor.errors import BrokerError
 from stentor.testing.conformance import Faults, Rules, Soak
 from stentor.testing.conformance.stage import LEASE
 from tests.real import fresh, server_url
@@ -16,8 +24,29 @@ class RabbitMQ:
         monkeypatch.setattr(log, "HOUSEKEEPING", 0.2)
 
     @pytest.fixture
-    def broker_url(self, tmp_path_factory: pytest.TempPathFactory) -> str:
-        return fresh(server_url("rabbitmq", tmp_path_factory), lease=LEASE, beat=LEASE / 4, partitions=4)
+    async def broker_url(
+        self, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+    ) -> AsyncIterator[str]:
+        """A namespace of which no stream is left behind: over a thousand of them keep the server busy, idle."""
+        url = fresh(server_url("rabbitmq", tmp_path_factory), lease=LEASE, beat=LEASE / 4, partitions=4)
+        declare, made = rabbitmq._declare, set()
+
+        async def noted(queue: str, settings: dict[str, Any] | None, channel: Channel) -> None:
+            made.add(queue)
+            await declare(queue, settings, channel)
+
+        monkeypatch.setattr(rabbitmq, "_declare", noted)
+        yield url
+        broker = connect(url)
+        assert isinstance(broker, rabbitmq.RabbitMQBroker)
+        with contextlib.suppress(BrokerError):
+            await broker._call(partial(_delete, made))
+        await broker.disconnect()
+
+
+async def _delete(queues: set[str], channel: Channel) -> None:
+    for queue in queues:
+        await channel.delete(queue)
 
 
 class TestRabbitMQ(RabbitMQ, Rules):

@@ -140,17 +140,13 @@ class KafkaBroker(LogStateBroker):
         return self._state
 
     async def connect(self) -> None:
-        try:
-            self._admin = self._make_admin()
-            await self._reach()
-            await self._learn()
-            self._looker = Looker(self._settings)
-            self._data = Sender(self._settings, 1, self._largest)
-            self._state = Sender(self._settings, 0, self._largest)
-            await self.open_state()
-        except BaseException:
-            await self.disconnect()
-            raise
+        self._admin = self._make_admin()
+        await self._reach()
+        await self._learn()
+        self._looker = Looker(self._settings)
+        self._data = Sender(self._settings, 1, self._largest)
+        self._state = Sender(self._settings, 0, self._largest)
+        await self.open_state()
 
     async def disconnect(self) -> None:
         await self.close_state()

@@ -215,8 +215,9 @@ class LogBroker:
             return
         try:
             await self.connect()
-        except Unavailable:
-            if self.tls is not None and (why := await self.tls.refusal()):
+        except BaseException as error:
+            await self.disconnect()
+            if isinstance(error, Unavailable) and self.tls is not None and (why := await self.tls.refusal()):
                 raise refused(self, why) from None
             raise
         self.closed = False

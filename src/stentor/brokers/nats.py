@@ -109,19 +109,15 @@ class NatsBroker(LogStateBroker):
         return Link(self, self._options)
 
     async def connect(self) -> None:
-        try:
-            self._link, self._reading = self.new_link(), self.new_link()
-            await self._reach(self._link)
-            await self._reach(self._reading)
-            await self._link.api("INFO", patience=5.0)
-            version = self._link.nc.connected_server_version
-            self._batches = (version.major, version.minor) >= (2, 12)
-            most = min(self.features.max_bytes, self._link.nc.max_payload - OVERHEAD)
-            self.features = msgspec.structs.replace(self.features, max_bytes=most)
-            await self.open_state()
-        except BaseException:
-            await self.disconnect()
-            raise
+        self._link, self._reading = self.new_link(), self.new_link()
+        await self._reach(self._link)
+        await self._reach(self._reading)
+        await self._link.api("INFO", patience=5.0)
+        version = self._link.nc.connected_server_version
+        self._batches = (version.major, version.minor) >= (2, 12)
+        most = min(self.features.max_bytes, self._link.nc.max_payload - OVERHEAD)
+        self.features = msgspec.structs.replace(self.features, max_bytes=most)
+        await self.open_state()
 
     async def _reach(self, link: Link) -> None:
         try:
@@ -400,7 +396,10 @@ class NatsBroker(LogStateBroker):
                 body = msgspec.json.encode({"batch": limit, "expires": int(ASK_PATIENCE * 1e9)})
                 await link.send(f"$JS.API.CONSUMER.MSG.NEXT.{stream}.{name}", body, inbox.subject)
                 async with asyncio.timeout(ASK_PATIENCE):
-                    await done
+                    while not (await asyncio.wait((done,), timeout=0.5))[0]:  # it may be removed meanwhile
+                        left = await link.api(f"CONSUMER.INFO.{stream}.{name}")
+                        if not left["num_pending"] and left["delivered"]["consumer_seq"] <= len(found):
+                            break
         except TimeoutError:
             raise Unavailable(f"{self} does not answer within {ASK_PATIENCE:g} s") from None
         finally:

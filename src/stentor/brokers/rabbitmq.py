@@ -309,12 +309,8 @@ class RabbitMQBroker(LogStateBroker):
         return Line(self, self._login)
 
     async def connect(self) -> None:
-        try:
-            await self._data.confirming()
-            await self.open_state()
-        except BaseException:
-            await self.disconnect()
-            raise
+        await self._data.confirming()
+        await self.open_state()
 
     async def disconnect(self) -> None:
         await self.close_state()

@@ -224,7 +224,6 @@ class RedisBroker(LogBroker):
         try:
             await self._redis.ping()
         except Exception as error:
-            await self._redis.aclose()
             raise _error(error, self) from None
 
     def client(self) -> aio.Redis:

@@ -117,14 +117,10 @@ class RocketMQBroker(LogStateBroker):
         return self
 
     async def connect(self) -> None:
-        try:
-            masters = await self.masters()
-            for _, address in masters:
-                check(await self._call(address, BROKER_CONFIG, {}), self)
-            await self.open_state()
-        except BaseException:
-            await self.disconnect()
-            raise
+        masters = await self.masters()
+        for _, address in masters:
+            check(await self._call(address, BROKER_CONFIG, {}), self)
+        await self.open_state()
 
     async def disconnect(self) -> None:
         await self.close_state()
