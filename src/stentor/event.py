@@ -28,6 +28,8 @@ C = TypeVar("C", bound=type)
 
 _NAME = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._-")
 KEY_LIMIT = 1024
+PARTITIONS = 12
+"""Of a topic that names no number."""
 
 
 def check_name(name: str, what: str) -> str:
@@ -43,7 +45,7 @@ class Topic(Struct, frozen=True):
     """A topic and its settings: partitions (where the broker wants a number) and how long events are kept."""
 
     name: str
-    partitions: int = 12
+    partitions: int = PARTITIONS
     retention: Duration | None = None
 
     def __post_init__(self) -> None:

@@ -13,6 +13,7 @@ from stentor.capacity.queues import erlang_c, latency_quantile, utilisation
 from stentor.capacity.replay import replay
 from stentor.capacity.times import Times, arrivals
 from stentor.errors import DefinitionError
+from stentor.event import PARTITIONS
 
 SIMULATED = 300_000
 """Events of a modelled run."""
@@ -31,7 +32,7 @@ class Setup(Struct, frozen=True, kw_only=True):
     """Handlers that run at once in a process."""
     workers: int = 1
     """Processes."""
-    partitions: int = 8
+    partitions: int = PARTITIONS
     arrival_cv: float = 1.0
     hot: float = 0.0
     """The share of events that have the commonest key."""

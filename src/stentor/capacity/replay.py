@@ -10,6 +10,7 @@ from zlib import crc32
 from msgspec import Struct
 
 from stentor.capacity.times import Times
+from stentor.event import PARTITIONS
 
 
 class Replayed(Struct, frozen=True, kw_only=True):
@@ -31,7 +32,9 @@ class Replayed(Struct, frozen=True, kw_only=True):
         return ordered[min(len(ordered) - 1, int(q * len(ordered)))]
 
 
-def replay(times: Times, lanes: int, *, workers: int = 1, partitions: int = 8, overhead: float = 0.0) -> Replayed:
+def replay(
+    times: Times, lanes: int, *, workers: int = 1, partitions: int = PARTITIONS, overhead: float = 0.0
+) -> Replayed:
     """Run events through ``workers`` processes with ``lanes`` handlers each, a key's events one at a time.
 
     Partitions are shared out to the workers in turn. ``overhead`` is what a process spends on an event besides its

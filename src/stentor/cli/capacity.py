@@ -18,6 +18,7 @@ from stentor.cli.exits import NotFound, advise
 from stentor.cli.options import duration, json_option
 from stentor.cli.output import plural, print_json, print_table
 from stentor.clock import seconds
+from stentor.event import PARTITIONS
 from stentor.observe.text import per_second, short_time, span
 
 if TYPE_CHECKING:
@@ -59,7 +60,7 @@ class Rate(click.ParamType[float]):
 @click.option("--arrival-cv", type=float, help="How gaps between arrivals vary: 0 a clock, 1 at random (the default).")
 @click.option("--concurrency", default=64, show_default=True, help="Handlers that run at once in a process.")
 @click.option("--workers", default=1, show_default=True, help="Processes.")
-@click.option("--partitions", default=8, show_default=True, help="Partitions of the topic.")
+@click.option("--partitions", default=PARTITIONS, show_default=True, help="Partitions of the topic.")
 @click.option("--hot", type=float, help="Share of the events that have the commonest key, 0 to 1.")
 @click.option("--ceiling", type=Rate(), metavar="RATE", help="The most that one process takes, however short its work.")
 @click.option("--source", type=Rate(), metavar="RATE", help="The most that the source makes.")
