@@ -322,10 +322,12 @@ async def test_what_comes_while_a_client_joins_is_told_once(monkeypatch: pytest.
 
 @pytest.mark.slow
 @pytest.mark.server
-@pytest.mark.parametrize("broker", [name for name in brokers() if name in ("redis", "postgresql", "nats")])
+@pytest.mark.parametrize("broker", brokers())
 async def test_on_servers_too(broker: str, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Where partitions have no common order a client goes on by time, and may see what is near it again."""
     seen, total = await coming_and_going(url_of(broker, tmp_path / "x", tmp_path_factory))
-    assert sorted(seen) == list(range(1, total + 1))
+    again = broker in ("kafka", "rabbitmq", "rocketmq")
+    assert (sorted(set(seen)) if again else sorted(seen)) == list(range(1, total + 1))
 
 
 async def test_a_client_after_a_restart_of_the_program_goes_on(tmp_path: Path) -> None:

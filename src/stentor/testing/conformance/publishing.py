@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -269,10 +270,11 @@ class Delays(Scene):
             seen.append(job.n)
 
         async with stage.running(app):
-            await app.publish(Job(key="a", n=1), delay="100ms")
+            await app.publish(Job(key="a", n=1), delay="2s")
             stage_clock.jump(-3600)
+            over = time.monotonic() + 2.2
             await app.publish([Job(key="b", n=n) for n in (2, 3)])
-            await until(lambda: len(seen) == 2)
+            await until(lambda: len(seen) == 2 and time.monotonic() > over)
             assert seen == [2, 3]
             stage_clock.jump(3600)
             await until(lambda: len(seen) == 3)
