@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import signal
+import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -16,7 +17,8 @@ import servers
 from servers.kafka import Kafka
 from servers.tls import PASSWORD, USER
 from stentor.broker import Broker
-from stentor.brokers.kafka import KafkaBroker
+from stentor.brokers import kafka
+from stentor.brokers.kafka import KafkaBroker, _failure
 from stentor.connect import connect
 from stentor.errors import AuthenticationFailed, ConfigError, Unavailable, UnknownTopic
 from stentor.event import Topic
@@ -207,6 +209,31 @@ async def test_a_topic_is_found_that_was_missing_before(tmp_path_factory: pytest
     finally:
         await second.close()
         await first.close()
+
+
+@pytest.mark.parametrize(("code", "answered"), [("NOT_LEADER_FOR_PARTITION", True), ("BROKER_NOT_AVAILABLE", False)])
+async def test_a_server_that_does_not_lead_yet_is_asked_for_longer(
+    code: str, answered: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broker: Any = connect("kafka://localhost")
+    asked: list[float] = []
+
+    async def busy(patience: float) -> str:
+        asked.append(time.monotonic())
+        if asked[-1] < asked[0] + 1.0:
+            raise _failure(broker, KafkaError(getattr(KafkaError, code)))
+        return "led"
+
+    async def metadata(*_: object) -> None:
+        pass
+
+    monkeypatch.setattr(broker, "_metadata", metadata)
+    monkeypatch.setattr(kafka, "ASK_PATIENCE", -1.5)  # of all that is waited for, half a second
+    if answered:
+        assert await broker._ask(busy) == "led"
+    else:
+        with pytest.raises(Unavailable, match="Broker not available"):
+            await broker._ask(busy)
 
 
 async def test_events_that_come_during_a_look_for_a_time_are_not_before_it(

@@ -62,7 +62,12 @@ _FORBIDDEN = {
     KafkaError.GROUP_AUTHORIZATION_FAILED,
 }  # fmt: skip
 _NO_ANSWER = {KafkaError._TIMED_OUT, KafkaError.REQUEST_TIMED_OUT, KafkaError._TRANSPORT, KafkaError.NOT_CONTROLLER}
+_MOVING = {KafkaError.NOT_LEADER_FOR_PARTITION, KafkaError.LEADER_NOT_AVAILABLE}
 _NOT_SENT = {KafkaError._PURGE_QUEUE, KafkaError.NOT_ENOUGH_REPLICAS}
+
+
+class Moving(Unavailable):
+    """A partition is led by another node than was asked, or by none yet."""
 
 
 def _line(error: KafkaError) -> str:
@@ -82,7 +87,7 @@ def _failure(broker: object, error: KafkaError) -> StentorError:
         return StorageFull(text)
     if code in _FORBIDDEN:
         return BrokerError(text)
-    return Unavailable(text)
+    return Moving(text) if code in _MOVING else Unavailable(text)
 
 
 def _number(text: str) -> int:
@@ -238,8 +243,7 @@ class KafkaBroker(LogStateBroker):
         The client goes by what it heard of a topic, an old leader or that there is none, for a quarter of an hour, and
         waits for a node that died: after a short while it is to hear anew.
         """
-        deadline = time.monotonic() + ASK_PATIENCE + 2
-        wait, patience = 0.0, 1.0
+        began, wait, patience = time.monotonic(), 0.0, 1.0
         while True:
             try:
                 if wait:
@@ -249,7 +253,9 @@ class KafkaBroker(LogStateBroker):
                         raise _failure(self, error)
                 return await question(patience)
             except (UnknownTopic, Unavailable) as failed:  # it was made, moved or cut off just now
-                if time.monotonic() > deadline or (isinstance(failed, UnknownTopic) and wait > 0.5):
+                # A busy server answers that it does not lead yet, for as long as it makes other topics.
+                longest = (ASK_PATIENCE + 2) * (3 if isinstance(failed, Moving) else 1)
+                if time.monotonic() > began + longest or (isinstance(failed, UnknownTopic) and wait > 0.5):
                     raise
             wait = min(1.0, 2 * wait or 0.02)
             patience = min(2 * patience, ASK_PATIENCE)
