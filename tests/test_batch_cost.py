@@ -37,7 +37,7 @@ async def test_an_idle_batch_handler_takes_no_turns(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(worker_module, "run_batch", counted)
     async with app:
         await app.publish(Tick(n=1))
-        await asyncio.wait_for(handled.wait(), 10)
+        await asyncio.wait_for(handled.wait(), 60)
         after = takes
         for _ in range(100):
             await asyncio.sleep(0.001)

@@ -179,7 +179,7 @@ async def test_a_running_shop_goes_on_where_it_was(
             letters = DeadLetters(target)
             assert await letters.redrive(Filter()) == {"shop.strict": 1}
             await until(lambda: sorted(record.numbers("strict")) == everything)
-            async with asyncio.timeout(5):
+            async with asyncio.timeout(60):
                 while len(await browse(target, "ticks")) != 20:
                     await asyncio.sleep(0.01)
         for group, seen in record.seen.items():

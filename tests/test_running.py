@@ -71,7 +71,7 @@ async def test_an_app_lives_in_fastapi() -> None:
             answer = await client.post(path)
             assert answer.status_code == 200
             assert answer.json()["id"]
-            await asyncio.wait_for(done.wait(), 5)
+            await asyncio.wait_for(done.wait(), 60)
             done.clear()
     assert app.program is None
 
@@ -253,6 +253,6 @@ async def test_dependencies_of_the_app_close_when_it_stops_outside_the_harness_t
 
     async with app:
         await app.publish(OrderPlaced(order_id="a"))
-        await asyncio.wait_for(done.wait(), 5)
+        await asyncio.wait_for(done.wait(), 60)
         assert closed == []
     assert closed == ["pool"]

@@ -400,7 +400,7 @@ async def test_publishers_wait_at_the_size_limit_until_there_is_room(tmp_path: P
         for _ in range(3):
             deliveries = await consumer.fetch(300, 1)
             await consumer.settle([Settlement(d.partition, d.offset) for d in deliveries])
-        assert (await asyncio.wait_for(late, 20))[0].position
+        assert (await asyncio.wait_for(late, 60))[0].position
         await consumer.close()
 
 

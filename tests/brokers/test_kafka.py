@@ -276,7 +276,7 @@ async def test_what_a_producer_that_ended_had_sent_is_told(tmp_path: Path) -> No
                 await until(lambda: proxy.swallowed > 0, "it is under way")
                 ended = sender.producer
                 sender._renew(ended)
-                async with asyncio.timeout(5):
+                async with asyncio.timeout(8):
                     [error] = await sending
                 assert isinstance(error, KafkaError)
                 # Nothing is stored behind what was given up: the rest of a send goes no other way.

@@ -86,7 +86,7 @@ class TestSecure:
     async def test_wrong_credentials_fail_fast(self, url: str, login: str, caplog: pytest.LogCaptureFixture) -> None:
         caplog.set_level(logging.DEBUG)
         wrong = url.replace(f"{USER}:{quote(PASSWORD, safe='')}@", login)
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(20):
             with pytest.raises(AuthenticationFailed) as caught:
                 await connect(wrong).open()
         assert "\n" not in str(caught.value)

@@ -47,6 +47,6 @@ async def test_the_end_of_the_other_is_an_answer_as_well() -> None:
     theirs.send(b'["answer", "rea')  # it is killed as it writes
     theirs.close()
     assert await waiting is None
-    await asyncio.wait_for(ended.wait(), 20)
+    await asyncio.wait_for(ended.wait(), 60)
     assert await link.ask("ready") is None
     link.close()

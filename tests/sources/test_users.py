@@ -120,7 +120,7 @@ async def site(url: str = "memory://", **options: Any) -> AsyncIterator[Site]:
 async def said(socket: ClientConnection, type: str | None = None) -> Any:
     """The next message, of one type if it is given."""
     while True:
-        found = json.loads(await asyncio.wait_for(socket.recv(), 20))
+        found = json.loads(await asyncio.wait_for(socket.recv(), 60))
         if type in (None, found["type"]):
             return found
 
