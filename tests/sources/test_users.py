@@ -20,6 +20,7 @@ from stentor.serve import serve
 from stentor.sources import follow
 from stentor.sources.follow import read_places, write_places
 from tests.real import brokers, url_of
+from tests.sources.reading import until
 
 
 class Placed(Event, topic="orders", key="customer", type="com.shop.order.placed"):
@@ -268,18 +269,17 @@ async def coming_and_going(url: str, total: int = 300) -> tuple[list[int], int]:
             last = (await anext(stream))[1]
         publishing = asyncio.create_task(publish())
         while len(set(seen)) < total:
-            some = dice.randrange(1, 40)
+            enough = min(total, len(set(seen)) + dice.randrange(1, 40))  # of those that it had not seen
             if dice.random() < 0.5:
                 async with here.stream("token=staff", **{"last-event-id": last}) as stream:
-                    count = min(some, total - len(set(seen)))
                     with suppress(Goodbye):  # the broker was out of reach for a moment
-                        for _ in range(count):
-                            seen.append((await stream.event())["data"]["number"])  # noqa: PERF401  what came before it counts
+                        while len(set(seen)) < enough:
+                            seen.append((await stream.event())["data"]["number"])
                     last = stream.last or last
             else:
                 async with here.socket(f"token=staff&last={last}") as socket:
                     with suppress(ConnectionClosed):
-                        for _ in range(min(some, total - len(set(seen)))):
+                        while len(set(seen)) < enough:
                             while (found := await said(socket))["type"].startswith("stentor."):
                                 last = found["position"]
                             seen.append(found["data"]["number"])
@@ -318,6 +318,33 @@ async def test_what_comes_while_a_client_joins_is_told_once(monkeypatch: pytest.
                 assert [(await stream.event())["data"]["number"] for _ in range(2)] == [2, 3]
                 await here.app.publish(Placed(customer="ada", number=4))
                 assert (await stream.event())["data"]["number"] == 4
+
+
+async def test_a_client_that_comes_as_the_last_one_leaves(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What read for the one that left takes a while to end, and reads for nobody any more."""
+    browse, gate = follow.Reader._browse, asyncio.Event()
+    reading: list[follow.Reader] = []
+
+    async def slow_to_end(reader: follow.Reader, *, follow: bool) -> AsyncIterator[Any]:
+        reading.append(reader)
+        try:
+            async for found in browse(reader, follow=follow):
+                yield found
+        finally:
+            if follow:
+                await gate.wait()
+
+    monkeypatch.setattr(follow.Reader, "_browse", slow_to_end)
+    async with site() as here:
+        async with here.stream("token=staff") as stream:
+            await anext(stream)
+        await until(lambda: all(reader.task.cancelling() for reader in reading))
+        async with here.stream("token=staff") as stream:
+            await anext(stream)
+            await here.app.publish(Placed(customer="ada", number=1))
+            async with asyncio.timeout(20):
+                assert (await stream.event())["data"]["number"] == 1
+        gate.set()
 
 
 @pytest.mark.slow

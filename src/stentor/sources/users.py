@@ -142,7 +142,7 @@ class Users:
         readers = []
         for topic in client.topics:
             reader = self._readers.get(topic)
-            if reader is None or reader.task.done():
+            if reader is None or reader.task.done():  # by an error
                 reader = self._readers[topic] = Reader(program, topic)
             reader.users += 1
             readers.append(reader)
@@ -164,6 +164,8 @@ class Users:
                 reader.users -= 1
                 if not reader.users:
                     reader.task.cancel()
+                    if self._readers.get(reader.topic) is reader:  # it is a while until it has ended
+                        del self._readers[reader.topic]
         return ""
 
     async def stream(self, exchange: Exchange) -> None:
