@@ -39,7 +39,7 @@ class Kafka(Server):
     """One node, broker and controller in one process, that writes to the disk before it confirms.
 
     Kafka leaves flushing to the system by default and counts on replicas instead; with one node there are none, so
-    ``log.flush.interval.messages=1`` is its strongest setting. Topics are made by their users, never by a publish.
+    ``log.flush.interval.messages=1`` is its strongest setting. By default it makes topics that are only asked for.
     """
 
     name = "kafka"
@@ -151,7 +151,7 @@ class Kafka(Server):
             "listeners": f"CLIENTS://127.0.0.1:{self.ports[node]},INSIDE://127.0.0.1:{self._insiders[node]},"
             f"CONTROLLER://127.0.0.1:{self._controllers[node]}",
             "log.dirs": self.folder / f"data{node}",
-            "auto.create.topics.enable": "false",
+            "num.partitions": 3,
             "default.replication.factor": replicas,
             "min.insync.replicas": least,
             "offsets.topic.replication.factor": replicas,

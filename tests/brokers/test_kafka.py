@@ -181,6 +181,22 @@ def test_options_are_checked(query: str) -> None:
         connect(f"kafka://localhost?{query}")
 
 
+async def test_nothing_is_made_by_asking(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """By default the server makes a topic that a client asks for, and removes what is a week old there."""
+    broker: Any = connect(fresh(server_url("kafka", tmp_path_factory)))
+    await broker.open()
+    try:
+        missing = broker.prefix + "missing"
+        for asking in (broker.told(missing), broker.bounds(missing, [0]), broker.tell(missing, b"")):
+            with pytest.raises(UnknownTopic):
+                await asking
+        await broker.remove(missing)
+        there = {name for name in (await broker._metadata(10)).topics if name.startswith(broker.prefix)}
+        assert there == {f"{broker.prefix}stentor.{name}" for name in ("leases", "state.0")}
+    finally:
+        await broker.close()
+
+
 async def test_another_number_of_partitions_is_refused(tmp_path_factory: pytest.TempPathFactory) -> None:
     url = fresh(server_url("kafka", tmp_path_factory), partitions=4)
     assert await round_trip(url) == ["1"]

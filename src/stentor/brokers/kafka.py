@@ -173,7 +173,7 @@ class KafkaBroker(LogStateBroker):
         self._trouble = None
         while True:
             try:
-                await self._metadata(0.5)
+                await self._metadata(0.5, self.lease_topic)  # of all topics it can be long
                 return
             except Unavailable as error:
                 trouble = self._trouble
@@ -206,7 +206,7 @@ class KafkaBroker(LogStateBroker):
 
     async def _learn(self) -> None:
         """What a confirmed event survives here, by the server's settings."""
-        nodes = itertools.cycle((await self._metadata(ASK_PATIENCE)).brokers)
+        nodes = itertools.cycle((await self._metadata(ASK_PATIENCE, self.lease_topic)).brokers)
 
         async def ask(patience: float) -> int:
             node = ConfigResource(ResourceType.BROKER, str(next(nodes)))
@@ -284,9 +284,10 @@ class KafkaBroker(LogStateBroker):
 
     async def review(self) -> list[Finding]:
         nodes = (await self._metadata(ASK_PATIENCE)).brokers
-        names = [self.lease_topic, *(record.stored for record in (await self.records())[0].values())]
         known = (await self._metadata(ASK_PATIENCE)).topics
-        parts = [part for name in names if name in known for part in known[name].partitions.values()]
+        stored = {record.stored for record in (await self.records())[0].values()}
+        names = [name for name in known if name in stored or name.startswith(f"{self.prefix}stentor.")]
+        parts = [part for name in names for part in known[name].partitions.values()]
         fewest = min(len(part.replicas) for part in parts)
         advice = "kafka-reassign-partitions gives these topics more; replicas=3 those made from now on"
         found = [

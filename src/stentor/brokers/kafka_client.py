@@ -34,9 +34,9 @@ def client_settings(url: BrokerUrl, tls: Trust | None) -> dict[str, Any]:
     mechanism = url.option("sasl", "SCRAM-SHA-512")
     settings: dict[str, Any] = {
         "bootstrap.servers": ",".join(map(str, url.addresses(9092))), "client.id": "stentor", "log_level": 2,
-        "reconnect.backoff.ms": 50,
-        "reconnect.backoff.max.ms": 1000, "socket.timeout.ms": 5_000, "socket.keepalive.enable": True,
-        "socket.nagle.disable": True, "topic.metadata.refresh.fast.interval.ms": 20,
+        "allow.auto.create.topics": False,  # by asking; it would have the server's settings, which remove what is old
+        "reconnect.backoff.ms": 50, "reconnect.backoff.max.ms": 1000, "socket.timeout.ms": 5_000,
+        "socket.keepalive.enable": True, "socket.nagle.disable": True, "topic.metadata.refresh.fast.interval.ms": 20,
         "security.protocol": ("SASL_" if url.user else "") + ("SSL" if tls else "PLAINTEXT"),
     }  # fmt: skip
     if url.user:

@@ -35,7 +35,9 @@ class KafkaSink:
         parsed = BrokerUrl(url)
         if parsed.scheme != "kafka":
             raise ConfigError(f"{parsed} is no Kafka URL; write kafka://host:9092")
-        self._settings = client_settings(parsed, trust(parsed, 9092)) | {"partitioner": "murmur2_random"}
+        self._settings = client_settings(parsed, trust(parsed, 9092)) | {
+            "partitioner": "murmur2_random", "allow.auto.create.topics": True,  # as the server is set
+        }  # fmt: skip
         parsed.finish()
         self._server = str(parsed)
         self._timeout = seconds(timeout, "KafkaSink: timeout")
