@@ -131,7 +131,6 @@ class RocketMQ(Server):
             "fileReservedTime": 24 * 365,
             "cleanFileForciblyEnable": "false",
             "diskMaxUsedSpaceRatio": 95,
-            "autoCreateTopicEnable": "false",
         }
         if self.secure:
             provider = "org.apache.rocketmq.auth.authentication.provider"
