@@ -283,8 +283,8 @@ class KafkaBroker(LogStateBroker):
             raise Unavailable(f"{self}: nothing is stored within 3 s") from None
 
     async def review(self) -> list[Finding]:
-        nodes = (await self._metadata(ASK_PATIENCE)).brokers
-        known = (await self._metadata(ASK_PATIENCE)).topics
+        heard = await self._metadata(ASK_PATIENCE)
+        nodes, known = heard.brokers, heard.topics
         stored = {record.stored for record in (await self.records())[0].values()}
         names = [name for name in known if name in stored or name.startswith(f"{self.prefix}stentor.")]
         parts = [part for name in names for part in known[name].partitions.values()]

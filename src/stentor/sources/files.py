@@ -129,7 +129,7 @@ class _Files:
                 await store([file.name, file.version, done])
             if len(whole) >= CHUNK:  # empty ones
                 await store()
-        if whole:
+        if rows or whole:
             await store()
 
     def _chunks(self, file: Found, done: int) -> Iterator[list[Row]]:
