@@ -110,6 +110,8 @@ class Catalog:
             DuplicateType: the app knows another class of its type.
         """
         cls = type(event)
+        if cls is Outgoing:
+            return self._encode_outgoing(event, time)
         spec: EventSpec | None = getattr(cls, "__event__", None)
         if spec is None or spec.cls is not cls:
             return self._encode_other(event, time)
@@ -142,8 +144,6 @@ class Catalog:
         )
 
     def _encode_other(self, event: Any, time: str) -> Message:
-        if isinstance(event, Outgoing):
-            return self._encode_outgoing(event, time)
         if isinstance(event, Named):
             check_finite(event.data, event.type)
             try:

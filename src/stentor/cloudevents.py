@@ -43,6 +43,8 @@ def check_extension(name: str, value: Any) -> Attribute:
 
 def check_value(name: str, value: Any) -> Attribute:
     """``value`` if an attribute may have it; raises InvalidEvent."""
+    if type(value) is str and value.isascii() and value.isprintable():
+        return value
     if isinstance(value, int) and not isinstance(value, bool) and not -(2**31) <= value < 2**31:
         raise InvalidEvent(f"attribute {name!r}: {value} is outside the 32 bits of a CloudEvents Integer")
     if isinstance(value, str) and _CONTROL.search(value):

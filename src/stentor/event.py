@@ -153,10 +153,7 @@ def _compile_key(cls: type, key: KeyOf | None) -> Callable[[Any], str | None]:
         _check_fields(cls, (key,))
 
         def of_field(event: Any, field: str = key) -> str:
-            value = getattr(event, field)
-            if type(value) is str and 0 < len(value) <= KEY_LIMIT and value.isprintable():
-                return value
-            return key_text(value, name, field)
+            return key_text(getattr(event, field), name, field)
 
         return of_field
     if isinstance(key, tuple) and key and all(isinstance(part, str) for part in key):
@@ -193,6 +190,8 @@ def field_names(cls: type) -> list[str]:
 
 def key_text(value: Any, name: str, field: str) -> str:
     """The text of a key value; raises InvalidEvent for None, an empty or overlong text and for other types."""
+    if type(value) is str and 0 < len(value) <= KEY_LIMIT and value.isprintable():
+        return value
     if isinstance(value, Enum):
         value = value.value
     if isinstance(value, (int, UUID)) and not isinstance(value, bool):

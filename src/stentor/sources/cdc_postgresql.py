@@ -498,7 +498,8 @@ class _Flow:
         self._until = until
         self._seen = Snapshot(place.seen) if place.seen else None
         self._time = time.monotonic()
-        self._begun = Begin(0, datetime.now(UTC), 0)
+        self._begun = Begin(0, datetime.now(UTC), 0, "", "")
+        self._ids = ""
         self._index = self._skip = 0
         self._wanted = self._inside = False
         self.tables: dict[int, Reader | None] = {}
@@ -508,6 +509,7 @@ class _Flow:
         if self._seen is not None and begun.lsn >= self._place.seen_at:
             self._seen, self._place.seen, self._place.seen_at = None, "", 0
         self._begun, self._index, self._inside = begun, 0, True
+        self._ids = f"{self._source.ids}/{begun.lsn:X}/"
         self._skip = self._place.index if self._place.commit == begun.lsn else 0
         told = self._seen is not None and self._seen.sees(begun.xid)
         self._wanted = not told and (self._until is None or self._until.sees.sees(begun.xid))
@@ -524,7 +526,7 @@ class _Flow:
         self._index += 1
         if not self._wanted or self._index <= self._skip:
             return False
-        id = f"{self._source.ids}/{self._begun.lsn:X}/{self._index}"
+        id = f"{self._ids}{self._index}"
         if isinstance(parsed, RowChange):
             reader = self.tables.get(parsed.oid)
             if reader is not None:

@@ -15,7 +15,7 @@ from psycopg.adapt import Transformer
 from stentor.errors import StentorError
 from stentor.event import Outgoing
 from stentor.sources.change import Mapped
-from stentor.sources.pgoutput import UNCHANGED, Begin, Relation, RowChange, Values, lsn_text
+from stentor.sources.pgoutput import UNCHANGED, Begin, Relation, RowChange, Values
 
 BEAT = 10.0
 """Seconds between two words to the server, which takes a silent reader for dead after ``wal_sender_timeout`` (60 s)."""
@@ -99,6 +99,7 @@ class Reader:
         self._at = [
             at for at, name in enumerate(names) if table.wants(name) or name in self._primary
         ]  # fmt: skip
+        self._all = len(self._at) == len(names)
         self._names = [names[at] for at in self._at]
         self._kinds = [_TEXT if names[at] in table.texts else relation.columns[at].type for at in self._at]
         self._context = context
@@ -107,7 +108,7 @@ class Reader:
 
     def _row(self, values: Values) -> dict[str, Any]:
         """Columns and values, without those that were not sent."""
-        chosen = [values[at] for at in self._at]
+        chosen = values if self._all else [values[at] for at in self._at]
         names, adapters = self._names, self._whole
         if UNCHANGED in chosen:
             sent = [at for at, value in enumerate(chosen) if value is not UNCHANGED]
@@ -124,7 +125,7 @@ class Reader:
     def truncated(self, id: str, transaction: Begin) -> Outgoing:
         """The table was emptied."""
         return self.table.event(
-            "truncate", lsn_text(transaction.lsn), id=id, transaction=str(transaction.xid),
+            "truncate", transaction.position, id=id, transaction=transaction.transaction,
             committed=transaction.committed,
         )  # fmt: skip
 
@@ -140,8 +141,8 @@ class Reader:
         was = {name: before[name] for name in self._primary} if before is not None else None
         now = {name: after[name] for name in self._primary} if after is not None else None
         whole = before if change.whole else None
-        position = lsn_text(transaction.lsn)
-        same = {"transaction": str(transaction.xid), "committed": transaction.committed}
+        position = transaction.position
+        same = {"transaction": transaction.transaction, "committed": transaction.committed}
         if change.kind == "I":
             return [self.table.event("insert", position, id=id, identity=now, after=after, **same)]
         if change.kind == "D":

@@ -86,8 +86,8 @@ class Mapped:
             StentorError: the row class does not take the values.
         """
         try:
-            data = {"operation": operation, "table": self.table, "position": position, **details}
-            event: Any = msgspec.convert(data, self.spec.cls, strict=not self._lax)
+            details |= {"operation": operation, "table": self.table, "position": position}
+            event: Any = msgspec.convert(details, self.spec.cls, strict=not self._lax)
         except (msgspec.ValidationError, ValueError, TypeError) as error:
             raise StentorError(
                 f"{self.table}: a row at {position} does not fit {self.name}: {error}. Nothing is skipped: the source "
@@ -118,6 +118,10 @@ def mapped(tables: Mapping[str, type[Change[Any]]], *, lax: bool = False) -> dic
 
 def row_key(identity: Mapping[str, Any]) -> str:
     """The key text of a primary key: the value, or lengths and values of several; shortened where it is too long."""
+    if len(identity) == 1:
+        [value] = identity.values()
+        if type(value) is int:
+            return str(value)
     values = [str(value) for value in identity.values()]
     text = values[0] if len(values) == 1 else "|".join(f"{len(value)}:{value}" for value in values)
     if len(text) > KEY_LIMIT or not text.isprintable():

@@ -17,6 +17,7 @@ Values = list[bytes | None]
 _EPOCH = datetime(2000, 1, 1, tzinfo=UTC)
 _BEGIN = struct.Struct("!QqI").unpack_from
 _COMMIT = struct.Struct("!BQQq").unpack_from
+_SIZE = struct.Struct("!I").unpack_from
 _LOGICAL = struct.Struct("!BQ").unpack_from
 
 
@@ -26,6 +27,10 @@ class Begin(NamedTuple):
     lsn: int
     committed: datetime
     xid: int
+    position: str
+    """``lsn`` as PostgreSQL writes it."""
+    transaction: str
+    """``xid`` as text."""
 
 
 class Commit(NamedTuple):
@@ -100,7 +105,7 @@ def parse(data: bytes) -> Parsed:
         return RowChange("D", int.from_bytes(data[1:5], "big"), old, None, data[5] == 79)
     if kind == 66:  # B
         lsn, micros, xid = _BEGIN(data, 1)
-        return Begin(lsn, _EPOCH + timedelta(microseconds=micros), xid)
+        return Begin(lsn, _EPOCH + timedelta(microseconds=micros), xid, lsn_text(lsn), str(xid))
     if kind == 67:  # C
         return Commit(_COMMIT(data, 1)[2])
     if kind == 82:  # R
@@ -124,13 +129,14 @@ def _values(data: bytes, at: int) -> tuple[Values, int]:
     found: Values = []
     for _ in range(count):
         kind = data[at]
-        at += 1
         if kind == 116:  # t: text
-            end = at + 4 + int.from_bytes(data[at : at + 4], "big")
-            found.append(data[at + 4 : end])
+            at += 5
+            end = at + _SIZE(data, at - 4)[0]
+            found.append(data[at:end])
             at = end
         else:  # n or u
             found.append(None if kind == 110 else UNCHANGED)
+            at += 1
     return found, at
 
 
