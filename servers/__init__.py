@@ -58,7 +58,7 @@ class Server:
     mutual = False
 
     def __init__(self, folder: Path, *, secure: bool = False) -> None:
-        self.folder = folder
+        self.folder = folder.absolute()
         self.secure = secure
         self.processes: list[subprocess.Popen[bytes]] = []
         folder.mkdir(parents=True, exist_ok=True)
@@ -101,7 +101,7 @@ class Server:
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
-                **options,
+                **{"cwd": self.folder, **options},  # what it writes when it crashes stays there, too
             )
         self.processes.append(process)
         return process
