@@ -35,6 +35,7 @@ ROWS = {
     "rabbitmq": "benchmarks.rabbitmq",
     "cdc": "benchmarks.cdc",
     "kafka": "benchmarks.kafka",
+    "kafka-transactions": "benchmarks.kafka_transactions",
     "rocketmq": "benchmarks.rocketmq",
     "nats": "benchmarks.nats",
     "nats-unsynced": "benchmarks.nats_unsynced",

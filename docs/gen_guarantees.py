@@ -31,8 +31,8 @@ RULES = {
     1: "durable publish", 2: "at least once", 3: "groups", 4: "order", 5: "retry", 6: "dead letter", 7: "delay",
     8: "replay", 9: "backpressure", 10: "stop", 11: "going on", 12: "duplicates", 13: "refusal", 14: "isolation",
 }  # fmt: skip
-AGAIN = (".TestNats29", ".TestKafka39")
-"""The suite, or a part of it, on an older server of the same broker, which would count its tests twice."""
+AGAIN = (".TestNats29", ".TestKafka39", ".TestKafkaTransactions")
+"""The suite, or a part of it, on an older server of the same broker or by an option: it would count its tests twice."""
 WORDS = ("native", "emulated", "refused")
 FEATURE = {8: "replay", 12: "dedupe"}
 """The rules that ``Features`` can deny."""

@@ -74,7 +74,7 @@ LIBRARIES = {  # who may import which library, by module or folder; a broker's c
     "matplotlib": {"capacity.plot", "bench.report"},
     "cryptography": {"sources.signatures", "security.signing"},
     "jsonschema": {"gateway.apisix"},
-    "confluent_kafka": {"brokers.kafka", "brokers.kafka_client", "sources.kafka"},
+    "confluent_kafka": {"brokers.kafka", "brokers.kafka_client", "brokers.kafka_transactions", "sources.kafka"},
     "aio_pika": {"sources.rabbitmq", "sinks.rabbitmq"},
     "fastavro": {"sources.foreign"},
     "nats": {"brokers.nats", "brokers.nats_client"},
@@ -98,7 +98,7 @@ HEAVY = [  # what `import stentor` must not load: optional, or slow to load and 
 ]
 LINES_OF_A_FILE = 700
 LINES_IN_ALL = 15_000
-LINES_OF_BROKERS = 10_400  # beside those: see docs/decisions/0004
+LINES_OF_BROKERS = 10_800  # beside those: see docs/decisions/0004
 LINES_OF_ADAPTERS = 9_000  # of ADAPTERS, likewise
 ADAPTERS = ("sources", "sinks", "gateway")
 LINES_OF_TOOLS = 3_000  # of TOOLS, which no running app loads: see docs/decisions/0016

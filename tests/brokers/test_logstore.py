@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stentor.brokers.logstore import Dropped, Log, LogStore, State, Write
+from stentor.brokers.logstore import HOLD, Dropped, Log, LogStore, State, Write
+from stentor.brokers.storage import ShutOut
 from stentor.errors import Unavailable
 
 
@@ -297,4 +298,77 @@ async def test_a_write_that_is_refused_in_error_is_done_all_the_same() -> None:
             assert await asyncio.gather(*both) == [True, True]
     assert refused == 4
     assert member.get("s", "counter") == b"2"
+    await member.close()
+
+
+# ---- what is carried by another step --------------------------------------------------------------------------------
+
+
+async def carried(member: LogStore, server: MemoryLogs, number: int, outputs: list[int]) -> bool:
+    """Take a turn at a space as a transaction does: what it publishes and its record are stored in one step."""
+    now = member.get("s", "counter")
+    if not await member.write("s", {HOLD: b"1"}, ("counter", now)):
+        return False
+
+    async def send(log: MemoryLog, record: bytes) -> None:
+        await server.hold()
+        log.records.append(record)
+        outputs.append(number)
+        server.woken()
+        await server.hold()
+
+    [held] = await member.carry([("s", {"counter": b"%d" % number, HOLD: None}, ("counter", now))], send)
+    return held
+
+
+@settings(max_examples=60, deadline=None)
+@given(seed=st.integers(0, 2**32), generation=st.sampled_from((300, 900)))
+def test_what_is_carried_stands_in_the_generation_that_it_was_begun_in(seed: int, generation: int) -> None:
+    asyncio.run(carry_on(seed, generation))
+
+
+async def carry_on(seed: int, generation: int) -> None:
+    """Others fill generations meanwhile: what was stored holds, and generations end all the same."""
+    server = MemoryLogs(seed)
+    carrier, other = store(server, generation), store(server, generation)
+    await carrier.open()
+    await other.open()
+    outputs: list[int] = []
+
+    async def fill() -> None:
+        for number in range(40):
+            await other.write("t", {"filling": b"x" * 40 + b"%d" % number})
+
+    filling = asyncio.create_task(fill())
+    done = 0
+    while done < 12 or not filling.done():
+        try:
+            done += await carried(carrier, server, done, outputs)
+        except ShutOut:
+            raise AssertionError(f"what was carried is lost after {done}") from None
+        except Unavailable:  # the store begins a new log, or the hold came too late for the old one
+            continue
+    await filling
+    await same([carrier, other])
+    assert outputs == list(range(done))
+    assert carrier.get("s", "counter") == b"%d" % (done - 1)
+    assert carrier.state.holds == 0
+    for number in range(20):
+        await other.write("t", {"filling": b"y" * 60 + b"%d" % number})
+    assert server.pointer >= 1
+    await carrier.close()
+    await other.close()
+
+
+async def test_what_is_carried_and_not_seen_shuts_its_member_out() -> None:
+    server = MemoryLogs()
+    member = LogStore(server, patience=0.05)
+    await member.open()
+
+    async def lost(log: MemoryLog, record: bytes) -> None:
+        pass
+
+    with pytest.raises(ShutOut, match="not seen within"):
+        await member.carry([("s", {"a": b"1"}, ("counter", None))], lost)
+    assert member.get("s", "a") is None
     await member.close()

@@ -6,8 +6,10 @@ import pytest
 
 from stentor.brokers import log
 from stentor.testing.conformance import Faults, Rules, Soak
+from stentor.testing.conformance.crashes import Kills, Moves
 from stentor.testing.conformance.publishing import Publishing
 from stentor.testing.conformance.replays import Replays
+from stentor.testing.conformance.retries import Outputs
 from stentor.testing.conformance.stage import LEASE
 from tests.real import fresh, server_url
 
@@ -33,6 +35,15 @@ class TestKafka(Kafka, Rules):
 
 class TestKafkaProcesses(Kafka, Faults, Soak):
     pass
+
+
+class TestKafkaTransactions(Kafka, Publishing, Outputs, Kills, Moves):
+    """Outputs and what is settled with them in one transaction of Kafka's."""
+
+    @pytest.fixture
+    def broker_url(self, tmp_path_factory: pytest.TempPathFactory) -> str:
+        url = server_url(self.kind, tmp_path_factory)
+        return fresh(url, lease=LEASE, beat=LEASE / 4, partitions=4, transactions=1)
 
 
 class TestKafka39(Kafka, Publishing, Replays):

@@ -25,9 +25,10 @@ from confluent_kafka.admin import AdminClient, ConfigResource, NewTopic, OffsetS
 from stentor.broker import Features, Finding
 from stentor.brokers import findings
 from stentor.brokers.kafka_client import ASK_PATIENCE, KafkaFeed, Looker, Sender, client_settings
+from stentor.brokers.kafka_transactions import Aborted, Sent, Transactions
 from stentor.brokers.log_state import LogStateBroker, encode_lease
-from stentor.brokers.logstore import Dropped
-from stentor.brokers.storage import Entry, Stored
+from stentor.brokers.logstore import HOLD, Dropped
+from stentor.brokers.storage import Entry, ShutOut, Stored, Write
 from stentor.brokers.trust import refused, refuses_certificate, trust
 from stentor.brokers.wire import CONTENT_TYPE, unpack
 from stentor.clock import Clock
@@ -90,6 +91,13 @@ def _failure(broker: object, error: KafkaError) -> StentorError:
     return Moving(text) if code in _MOVING else Unavailable(text)
 
 
+def _end(part: list[Any]) -> None:
+    """End a client, and drop it: the library takes up to a second to let one go. Blocks."""
+    if not isinstance(part[0], AdminClient):
+        part[0].close()
+    part.clear()
+
+
 def _number(text: str) -> int:
     number = int(text)
     if number < 1:
@@ -102,8 +110,9 @@ class KafkaBroker(LogStateBroker):
 
     Options: those of ``LogBroker``, ``tls=1``, ``ca``, ``cert``, ``key`` (files; TLS always verifies the server),
     ``sasl`` (the mechanism for user and password, default SCRAM-SHA-512), ``replicas`` (of the topics that this program
-    makes, default: the server's ``default.replication.factor``) and ``flush`` (1: the server writes each event to its
-    disk before it confirms; default: where there are fewer than three replicas).
+    makes, default: the server's ``default.replication.factor``), ``flush`` (1: the server writes each event to its
+    disk before it confirms; default: where there are fewer than three replicas) and ``transactions`` (1: a settlement
+    and the events that its handler published are one transaction; for all programs of a namespace alike).
     """
 
     def __init__(self, url: BrokerUrl, clock: Clock) -> None:
@@ -113,8 +122,8 @@ class KafkaBroker(LogStateBroker):
         self._flush_each = url.option("flush", -1, int)
         self._settings = client_settings(url, tls)
         self.features = Features(
-            name="kafka", durable="host", shared=True, atomic=False, dedupe=False, replay=True, cancel=True,
-            browse=True, one_order=False,
+            name="kafka", durable="host", shared=True, atomic=bool(url.option("transactions", 0, int)), dedupe=False,
+            replay=True, cancel=True, browse=True, one_order=False,
         )  # fmt: skip
         self._largest = self.features.max_bytes + 64 * 1024
         self._data: Sender | None = None
@@ -122,6 +131,7 @@ class KafkaBroker(LogStateBroker):
         self._admin: AdminClient | None = None
         self._looker: Looker | None = None
         self._trouble: KafkaError | None = None
+        self._transactions: Transactions | None = None
         self._trimmed: dict[tuple[str, int], int] = {}
 
     # ---- life -------------------------------------------------------------------------------------------------------
@@ -149,16 +159,20 @@ class KafkaBroker(LogStateBroker):
         await self._reach()
         await self._learn()
         self._looker = Looker(self._settings)
-        self._data = Sender(self._settings, 1, self._largest)
-        self._state = Sender(self._settings, 0, self._largest)
+        self._data = Sender(self._settings, self._largest)
+        self._state = Sender(self._settings, self._largest)
+        if self.features.atomic:
+            self._transactions = Transactions(self._settings, self._largest, self.prefix, _HEADERS)
         await self.open_state()
 
     async def disconnect(self) -> None:
         await self.close_state()
-        for part in (self._data, self._state, self._looker):
-            if part is not None:
-                await asyncio.to_thread(part.close)
+        if self._transactions is not None:
+            await self._transactions.close()
+            self._transactions = None
+        ending = [[part] for part in (self._data, self._state, self._looker, self._admin) if part is not None]
         self._data = self._state = self._looker = self._admin = None
+        await asyncio.gather(*(asyncio.to_thread(_end, part) for part in ending))
 
     def _failed(self, error: KafkaError) -> None:
         if self._trouble is None or self._trouble.code() not in _REFUSED:
@@ -319,7 +333,14 @@ class KafkaBroker(LogStateBroker):
 
     # ---- data -------------------------------------------------------------------------------------------------------
 
+    async def make_topic(self, topic: str, partitions: int) -> None:
+        await self._make(topic, partitions)
+
     async def make(self, topic: str, partitions: int = 1, keep: float = -1, *, fewer: bool = False) -> None:
+        await self._make(topic, partitions, keep, fewer=fewer)
+        await self.state.meet({topic})
+
+    async def _make(self, topic: str, partitions: int, keep: float = -1, *, fewer: bool = False) -> None:
         settings: dict[str, object] = {
             "retention.ms": -1 if keep < 0 else int(keep * 1000), "retention.bytes": -1, "cleanup.policy": "delete",
             "max.message.bytes": self._largest, "message.timestamp.type": "LogAppendTime",
@@ -381,6 +402,9 @@ class KafkaBroker(LogStateBroker):
             (e.topic, e.partition, e.body, None if e.message.key is None else e.message.key.encode(errors="replace"))
             for e in entries
         ]
+        if self._transactions is not None and len(sent) > 1:
+            return await self._together(self._transactions, entries, sent)
+        await self.data.meet({entry.topic for entry in entries})
         results: list[int | StentorError] = []
         for entry, result in zip(entries, await self.data.send(sent, _HEADERS), strict=True):
             results.append(result if isinstance(result, int) else self._unsent(entry, result))
@@ -391,6 +415,37 @@ class KafkaBroker(LogStateBroker):
         if isinstance(found, Unavailable) and error.code() not in _NOT_SENT:
             return PublishUnknown([entry.message.id], _line(error))
         return found
+
+    async def _together(
+        self, transactions: Transactions, entries: Sequence[Entry], sent: Sequence[Sent]
+    ) -> Sequence[int | StentorError]:
+        try:
+            return await transactions.publish(sent)
+        except Aborted as error:
+            return [_failure(self, error.error)] * len(sent)
+        except ShutOut as error:
+            raise PublishUnknown([entry.message.id for entry in entries], str(error)) from None
+        except KafkaException as error:
+            raise _failure(self, error.args[0]) from None
+
+    async def write(self, writes: Sequence[Write]) -> list[bool]:
+        if self._transactions is not None and any(one.outputs for one in writes):
+            try:
+                return await self._transactions.write(self.spaces, writes)
+            except Aborted as error:
+                raise _failure(self, error.error) from None
+        for one in writes:
+            if "!owner" in one.changes:  # what a former owner was about to do, nobody does any more
+                one.changes[HOLD] = None
+        return await super().write(writes)
+
+    async def before_claims(self, spaces: Sequence[str], living: Mapping[str, str], me: str) -> None:
+        if self._transactions is not None:
+            try:
+                await self._transactions.keep(self.heartbeat.members)
+                await self._transactions.before_claims(self.spaces, spaces, living, me)
+            except KafkaException as error:
+                raise _failure(self, error.args[0]) from None
 
     def feed(self) -> KafkaFeed:
         return KafkaFeed(self._settings, self._broken)
@@ -465,8 +520,9 @@ class KafkaBroker(LogStateBroker):
             starts.append((topic, index, max(first, offset)))
         wanted = list(dict.fromkeys(place for place, count in zip(starts, counts, strict=True) if count))
         times = await self._times(wanted)
+        # Where there is none, all that counts is marks of where transactions ended.
         return [
-            (count, times.get(place, self.clock.now()) if count else None)
+            (count, times[place]) if count and place in times else (0, None)
             for place, count in zip(starts, counts, strict=True)
         ]
 

@@ -53,6 +53,13 @@ def _hear(producer: Producer, seconds: float) -> None:
         producer.poll(seconds)
 
 
+def meet(client: Consumer | Producer, met: set[str], topics: set[str], patience: float = ASK_PATIENCE) -> None:
+    """Ask where topics are: by itself a client looks for those that it does not know once a second only."""
+    for topic in topics - met:
+        client.list_topics(topic, timeout=patience)
+        met.add(topic)
+
+
 class Sender:
     """A producer, and the thread that hears what became of its messages.
 
@@ -60,15 +67,16 @@ class Sender:
     next send begins with a new one.
     """
 
-    def __init__(self, settings: Mapping[str, Any], linger: float, max_bytes: int) -> None:
+    def __init__(self, settings: Mapping[str, Any], max_bytes: int) -> None:
         self._settings = {
             **settings, "acks": "all", "enable.idempotence": True, "enable.gapless.guarantee": True,
-            "linger.ms": linger, "delivery.timeout.ms": int(SEND_PATIENCE * 1000), "message.max.bytes": max_bytes,
+            "linger.ms": 0, "delivery.timeout.ms": int(SEND_PATIENCE * 1000), "message.max.bytes": max_bytes,
             "batch.size": 1024 * 1024, "topic.metadata.propagation.max.ms": 3000,
             "queue.buffering.max.kbytes": 256 * 1024,
         }  # fmt: skip
         self._lock = threading.Lock()
         self._producer = Producer(self._settings)
+        self._met: set[str] = set()
         self._ended: deque[Producer] = deque()
         """Producers that were given up and have not told of all their messages yet."""
         self._closing = False
@@ -94,7 +102,7 @@ class Sender:
             if self._producer is broken:
                 broken.purge(in_queue=True, in_flight=True)
                 self._ended.append(broken)
-                self._producer = Producer(self._settings)
+                self._producer, self._met = Producer(self._settings), set()
 
     def close(self) -> None:
         """Give up what is not confirmed, and end the thread. Blocks."""
@@ -105,6 +113,13 @@ class Sender:
         for producer in (self._producer, *self._ended):
             while len(producer) and time.monotonic() < deadline:
                 _hear(producer, 0.1)
+
+    async def meet(self, topics: set[str]) -> None:
+        """Ask where topics are: else the first message waits up to a second."""
+        if new := topics - self._met:
+            self._met |= new
+            with contextlib.suppress(KafkaException):  # the messages meet it, too
+                await asyncio.to_thread(meet, self._producer, set(), new, 1.0)
 
     def produce(
         self,
@@ -168,13 +183,6 @@ class Sender:
             producer = taken
         await future
         return results
-
-
-def _meet(consumer: Consumer, met: set[str], topics: set[str]) -> None:
-    """Ask where topics are: by itself a consumer looks for those that it does not know once a second only."""
-    for topic in topics - met:
-        consumer.list_topics(topic, timeout=ASK_PATIENCE)
-        met.add(topic)
 
 
 class KafkaFeed(Feed):
@@ -286,7 +294,7 @@ class KafkaFeed(Feed):
                 del tokens[cell]
         if place is not None:
             with contextlib.suppress(KafkaException):
-                _meet(consumer, self._met, {place[0]})
+                meet(consumer, self._met, {place[0]})
             consumer.incremental_assign([TopicPartition(*place)])
             tokens[place[:2]] = token
 
@@ -313,7 +321,7 @@ class Looker:
             found: list[list[Any]] = [[] for _ in places]
             left = set(range(len(places)))
             deadline = time.monotonic() + ASK_PATIENCE
-            _meet(self._consumer, self._met, {topic for topic, _, _ in places})
+            meet(self._consumer, self._met, {topic for topic, _, _ in places})
             self._consumer.assign([TopicPartition(*place) for place in places])
             try:
                 while left:

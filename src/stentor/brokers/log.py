@@ -20,7 +20,7 @@ import contextlib
 import heapq
 import logging
 import math
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
@@ -179,6 +179,9 @@ class LogBroker:
     async def write(self, writes: Sequence[Write]) -> list[bool]:
         """Carry out each write whose fence holds; durable on return. Raises Unavailable when that is not known."""
         raise NotImplementedError
+
+    async def before_claims(self, spaces: Sequence[str], living: Mapping[str, str], me: str) -> None:
+        """A member looks at who owns spaces, or is about to take some: see to it that the dead cannot settle."""
 
     async def forget(self, spaces: Sequence[str]) -> None:
         """Remove spaces with all that is in them."""

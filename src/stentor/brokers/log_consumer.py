@@ -14,7 +14,7 @@ from msgspec import Struct
 
 from stentor.broker import FETCH_BYTES, Owner
 from stentor.brokers.heartbeat import members_of
-from stentor.brokers.storage import Entry, Held, Write
+from stentor.brokers.storage import Entry, Held, ShutOut, Write
 from stentor.brokers.track import Track, quota
 from stentor.errors import LeaseLost, PublishUnknown, StentorError, Unavailable
 from stentor.message import Delivery, Failure, Mark, Outcome, Partition, Settlement, new_id
@@ -132,6 +132,7 @@ class LogConsumer:
             lapses = self.broker.heartbeat.lapses
             members = sorted(member for member, group in living.items() if group == self.group)
             spaces = [self.broker.space(self.group, name, index) for name, index in self._cells]
+            await self.broker.before_claims(spaces, living, self.member)
             values = await self.broker.get([(space, "!owner") for space in spaces])
             cells = dict(zip(self._cells, values, strict=True))
             mine = {(held.name, held.index): held for held in self.held.values()}
@@ -159,6 +160,8 @@ class LogConsumer:
             if surplus:
                 await self._give_up(surplus)
             if gained:
+                claimed = [self.broker.space(self.group, name, index) for name, index, _ in gained]
+                await self.broker.before_claims(claimed, living, self.member)
                 await self._take(gained)
 
     def _share(self, members: list[str], topic: str, count: int) -> int:
@@ -334,6 +337,9 @@ class LogConsumer:
         if writes:
             try:
                 stands = await self.broker.write(writes)
+            except ShutOut:
+                stands = [False] * len(writes)
+                self.lose(list(self.held.values()))
             except BaseException:
                 for held in written:
                     held.track.moved = True

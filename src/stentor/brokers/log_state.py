@@ -259,10 +259,10 @@ class _Generations:
         self._broker = broker
         self._newest = f"{broker.prefix}stentor.state"
 
-    async def open(self, generation: int) -> _Generation:
+    async def open(self, generation: int) -> Generation:
         topic = f"{self._newest}.{generation}"
         await self._broker.make(topic, fewer=True)
-        return _Generation(self._broker, topic)
+        return Generation(self._broker, topic)
 
     async def newest(self) -> int:
         try:
@@ -278,22 +278,22 @@ class _Generations:
         await self._broker.remove(f"{self._newest}.{generation}")
 
 
-class _Generation:
+class Generation:
     """A topic of one partition."""
 
     def __init__(self, broker: LogStateBroker, topic: str) -> None:
         self._broker = broker
-        self._topic = topic
+        self.topic = topic
 
     async def append(self, record: bytes) -> object:
         try:
-            return await self._broker.tell(self._topic, record)
+            return await self._broker.tell(self.topic, record)
         except UnknownTopic as error:
             raise Dropped(str(error)) from None
 
     async def tail(self, start: int) -> AsyncGenerator[tuple[int, bytes], None]:
         feed = self._broker.feed()
-        feed.seek(self, self._topic, 0, start)
+        feed.seek(self, self.topic, 0, start)
         try:
             while True:
                 found = await feed.read(1000, 5.0)

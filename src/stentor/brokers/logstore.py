@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import random
-from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator, Mapping
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator, Mapping, Sequence
 from itertools import count
 from secrets import token_hex
 from typing import Any, Protocol
@@ -19,8 +19,11 @@ from typing import Any, Protocol
 import msgspec
 from msgspec import Struct
 
+from stentor.brokers.storage import ShutOut
 from stentor.errors import BrokerError, Unavailable
 
+HOLD = "!hold"
+"""While a space has an entry of this name, no generation ends: what is being carried has to stand in it."""
 Fence = tuple[str, bytes | None]
 """A name and the value that it must have, None for none, where the write stands in the order."""
 
@@ -107,11 +110,12 @@ _EMPTY: dict[str, bytes] = {}
 
 
 class State:
-    """The spaces and their entries; ``size`` is about the bytes that a snapshot of them takes."""
+    """The spaces and their entries; ``size`` is about the bytes of a snapshot of them, ``holds`` counts HOLD."""
 
     def __init__(self) -> None:
         self.spaces: dict[str, dict[str, bytes]] = {}
         self.size = 0
+        self.holds = 0
 
     def apply(self, write: Write) -> bool:
         """Carry out a write; False, and nothing changes, where its fence does not hold."""
@@ -124,6 +128,8 @@ class State:
             space = self.spaces[write.space] = {}
         for name, value in write.changes.items():
             old = space.pop(name, None)
+            if name == HOLD:
+                self.holds += (value is not None) - (old is not None)
             if old is not None:
                 self.size -= len(name) + len(old) + 8
             if value is not None:
@@ -247,6 +253,35 @@ class LogStore:
         Writes take effect in the order of the calls. Raises Unavailable when it is not known whether it was done.
         """
         return await self._write(space, dict(changes), fence, self._patience)
+
+    async def carry(
+        self,
+        changes: Sequence[tuple[str, dict[str, bytes | None], Fence]],
+        send: Callable[[Any, bytes], Coroutine[Any, Any, None]],
+    ) -> list[bool]:
+        """Writes whose one record ``send`` stores in a log, together with what it stores besides; which of them held.
+
+        Their spaces have to have a HOLD, which the writes remove. Raises what ``send`` raises, Unavailable when nothing
+        was sent, or ShutOut when it was, and is not seen.
+        """
+        log = self._log
+        if log is None or not self._live.is_set():
+            raise Unavailable("the store begins a new log")
+        writes = [Write(self._me, next(self._numbers), space, changed, fence) for space, changed, fence in changes]
+        waiting = [asyncio.get_running_loop().create_future() for _ in writes]
+        self._pending.update(zip((write.number for write in writes), waiting, strict=True))
+        try:
+            await send(log, _encode(writes))
+            async with asyncio.timeout(self._patience):
+                outcomes = await asyncio.gather(*waiting)
+        except TimeoutError:
+            raise ShutOut(f"what was stored is not seen within {self._patience:g} s") from None
+        finally:
+            for write in writes:
+                self._pending.pop(write.number, None)
+        if None in outcomes:
+            raise ShutOut("what was stored does not stand in the log that counts")
+        return [bool(outcome) for outcome in outcomes]
 
     async def _write(self, space: str, changes: dict[str, bytes | None], fence: Fence | None, patience: float) -> bool:
         try:
@@ -426,6 +461,9 @@ class LogStore:
                     self._changed("")
                     if record.snapshot.startswith(self._me):
                         self._spawn(self._tidy(self._generation))
+            case Seal() if self.state.holds:
+                if record.writer == self._me:  # again when as much has come once more
+                    self._limit, self._sealing = self._bytes + self._generation_bytes, False
             case Seal():
                 self._begin(self._generation + 1)
                 self._spawn(self._snapshot(self._generation, record.writer == self._me))

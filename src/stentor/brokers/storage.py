@@ -8,6 +8,7 @@ from typing import NamedTuple, Protocol
 from msgspec import Struct
 
 from stentor.brokers.track import Track
+from stentor.errors import Unavailable
 from stentor.message import Message, Partition
 
 DUPLICATE = -1
@@ -16,6 +17,10 @@ DUPLICATE = -1
 
 UNPLACED = -2
 """What ``append`` answers for a stored message where the server does not tell its offset (``features.placed``)."""
+
+
+class ShutOut(Unavailable):
+    """It is not known what became of a member's settlements, or others took over: it owns nothing any more."""
 
 
 class Entry(NamedTuple):

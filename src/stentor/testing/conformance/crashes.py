@@ -141,6 +141,21 @@ class Kills(FleetScene):
         assert len(set(made)) == 5
         assert len(made) == 5 or not (fleet.stage.features.dedupe or fleet.stage.features.atomic)
 
+    async def test_r12_outputs_under_kills(self, fleet: Fleet) -> None:
+        """Members are killed under load: each output is there; once, where the broker can have it so."""
+        members = [await fleet.start(makes=True) for _ in range(2)]
+        loading = asyncio.create_task(steady_load(fleet, 40))
+        for share in (100, 300, 500):
+            await until(lambda share=share: len(fleet.handled()) > share)  # type: ignore[misc]
+            await members.pop(0).kill()
+            members.append(await fleet.start(makes=True))
+        await loading
+        await fleet.all_handled()
+        await fleet.stage.settled("work")
+        made = [message.id for message in await fleet.stage.browse("made")]
+        assert len(set(made)) == len(fleet.published)
+        assert len(set(made)) == len(made) or not (fleet.stage.features.dedupe or fleet.stage.features.atomic)
+
     async def test_r06_a_kill_before_the_dead_letter(self, fleet: Fleet) -> None:
         """Killed when the dead letter was about to be written: the event dies again, and has one dead letter."""
         acts = [Act(do="crash", key="a", n=0, at="before_settle"), Act(do="fail", key="a", n=0, times=9)]
