@@ -31,6 +31,7 @@ SERVERS = {
     "postgresql": "servers.postgresql:PostgreSQL",
     "nats": "servers.nats:Nats",
     "nats2m": "servers.nats:Nats2m",
+    "nats3": "servers.nats:Nats3",
     "nats29": "servers.nats:Nats29",
     "kafka": "servers.kafka:Kafka",
     "kafka3": "servers.kafka:Kafka3",

@@ -6,9 +6,11 @@ import contextlib
 import os
 import platform
 import shutil
+import signal
 import socket
 import subprocess
 import sysconfig
+import urllib.request
 from pathlib import Path
 from urllib.parse import quote
 
@@ -100,6 +102,65 @@ class Nats2m(Nats):
 
     def __init__(self, folder: Path, *, secure: bool = False) -> None:
         super().__init__(folder, secure=secure, sync="2m")
+
+
+class Nats3(Nats):
+    """Three servers, of which a stream's ``replicas=3`` are kept: two have to confirm, one may be lost at any time."""
+
+    name = "nats3"
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self._ports = [(free_port(), free_port(), free_port()) for _ in range(3)]
+        """Of each node: that of clients, of the other nodes, of who looks after it."""
+        self._nodes: dict[int, subprocess.Popen[bytes]] = {}
+
+    @property
+    def url(self) -> str:
+        hosts = ",".join(f"127.0.0.1:{clients}" for clients, _, _ in self._ports)
+        return f"nats://{hosts}?replicas=3"
+
+    def start(self) -> None:
+        for node in range(3):
+            self._launch(node)
+        for node in range(3):
+            self._wait(node)
+
+    def start_node(self, node: int) -> None:
+        """Start one node again, counted from 0; back when it is in step."""
+        self._launch(node)
+        self._wait(node)
+
+    def end_node(self, node: int, sign: signal.Signals = signal.SIGKILL) -> None:
+        """Send a signal to one node, counted from 0, and wait until it has ended; the others go on."""
+        process = self._nodes.pop(node)
+        process.send_signal(sign)
+        process.wait()
+        self.processes.remove(process)
+
+    def _launch(self, node: int) -> None:
+        clients, nodes, look = self._ports[node]
+        routes = ", ".join(f"nats://127.0.0.1:{port}" for _, port, _ in self._ports)
+        config = self.folder / f"node{node}.conf"
+        config.write_text(
+            f"server_name: n{node}\nlisten: 127.0.0.1:{clients}\nhttp: 127.0.0.1:{look}\nmax_payload: 9MB\n"
+            f'jetstream {{ store_dir: "{self.folder / f"data{node}"}" }}\n'
+            f"cluster {{ name: stentor, listen: 127.0.0.1:{nodes}, routes: [{routes}] }}\n",
+            "utf-8",
+        )
+        program = self.found()
+        if program is None:
+            raise Missing("nats-server is not installed")
+        self._nodes[node] = self.launch([program, "-c", config], log=f"node{node}.log")
+
+    def _wait(self, node: int) -> None:
+        look = self._ports[node][2]
+
+        def healthy() -> bool:
+            with urllib.request.urlopen(f"http://127.0.0.1:{look}/healthz", timeout=5) as answer:
+                return bool(answer.status == 200)
+
+        self.wait(healthy, f"node {node}", log=f"node{node}.log")
 
 
 class Nats29(Nats):

@@ -289,12 +289,7 @@ class KafkaBroker(LogStateBroker):
                 raise Unavailable(
                     f"{self}: {len(part.isrs)} of {len(part.replicas)} replicas are in step, 2 are needed"
                 )
-        # Metadata stand still where most nodes are gone, and look well: only a write tells.
-        try:
-            async with asyncio.timeout(3):
-                await self.spaces.sync()
-        except TimeoutError:
-            raise Unavailable(f"{self}: nothing is stored within 3 s") from None
+        await self.stores()
 
     async def review(self) -> list[Finding]:
         heard = await self._metadata(ASK_PATIENCE)

@@ -164,6 +164,14 @@ class LogStateBroker(LogBroker):
             raise Unavailable(f"{self} is not open")
         return self._store
 
+    async def stores(self) -> None:
+        """Raises Unavailable when nothing is stored: what a cluster says of itself looks well, only a write tells."""
+        try:
+            async with asyncio.timeout(3):
+                await self.spaces.sync()
+        except TimeoutError:
+            raise Unavailable(f"{self}: nothing is stored within 3 s") from None
+
     async def names(self, space: str) -> list[str]:
         await self.spaces.sync()
         return list(self.spaces.entries(space))

@@ -23,7 +23,7 @@ from nats.aio.msg import Msg
 from stentor.broker import Features, Finding
 from stentor.brokers import findings
 from stentor.brokers.log_state import LogStateBroker, encode_lease
-from stentor.brokers.nats_client import ASK_PATIENCE, Link, NatsFeed, Place, Refused, refusal, status, stream_of
+from stentor.brokers.nats_client import ASK_PATIENCE, Link, NatsFeed, Place, Refused, Silent, refusal, status, stream_of
 from stentor.brokers.storage import Entry, Stored
 from stentor.brokers.trust import refused, refuses_certificate, trust
 from stentor.brokers.wire import unpack
@@ -37,6 +37,8 @@ BATCH = 1000
 SINGLY = 20
 """Below so many messages each is faster by itself."""
 OPEN_PATIENCE = 5.0
+ELECTION_PATIENCE = 15.0
+"""Seconds that a cluster may take to have a leader again."""
 OVERHEAD = 4096
 """Bytes of a message that are not its payload, at most."""
 
@@ -112,12 +114,23 @@ class NatsBroker(LogStateBroker):
         self._link, self._reading = self.new_link(), self.new_link()
         await self._reach(self._link)
         await self._reach(self._reading)
-        await self._link.api("INFO", patience=5.0)
+        await self._answers(self._link)
         version = self._link.nc.connected_server_version
         self._batches = (version.major, version.minor) >= (2, 12)
         most = min(self.features.max_bytes, self._link.nc.max_payload - OVERHEAD)
         self.features = msgspec.structs.replace(self.features, max_bytes=most)
         await self.open_state()
+
+    async def _answers(self, link: Link) -> None:
+        """Until JetStream answers: a cluster whose leader died is silent until there is another."""
+        deadline = time.monotonic() + ELECTION_PATIENCE
+        while True:
+            try:
+                await link.api("INFO", patience=2.0)
+                return
+            except Silent:
+                if time.monotonic() > deadline or not link.nc.is_connected:
+                    raise
 
     async def _reach(self, link: Link) -> None:
         try:
@@ -141,12 +154,8 @@ class NatsBroker(LogStateBroker):
         self._link = self._reading = None
 
     async def ping(self) -> None:
-        found = await self.link.api(f"STREAM.INFO.{stream_of(self.lease_topic)}", patience=3.0)
-        cluster = found.get("cluster") or {}
-        if self._replicas >= 3:
-            away = [node["name"] for node in cluster.get("replicas", ()) if node.get("offline")]
-            if len(away) * 2 > self._replicas - 1:
-                raise Unavailable(f"{self}: {', '.join(away)} are away, a majority is needed")
+        await self.link.api(f"STREAM.INFO.{stream_of(self.lease_topic)}", patience=3.0)
+        await self.stores()
 
     async def review(self) -> list[Finding]:
         before = time.time()

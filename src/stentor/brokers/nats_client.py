@@ -45,6 +45,10 @@ _MISSING = {10059}
 _AWAY = {10004, 10005, 10006, 10007, 10008, 10009, 10074, 10164}
 
 
+class Silent(Unavailable):
+    """Nobody answered: a cluster, or a stream of it, whose leader died does not until there is another."""
+
+
 class Refused(BrokerError):
     """The JetStream API said no; ``number`` is its ``err_code``."""
 
@@ -196,7 +200,7 @@ class Link:
             async with asyncio.timeout(patience):
                 answer = await future
         except TimeoutError:
-            raise Unavailable(f"{self._who} does not answer within {patience:g} s") from None
+            raise Silent(f"{self._who} does not answer within {patience:g} s") from None
         if answer is None:
             raise Unavailable(f"{self._who}: the connection was lost")
         return answer
