@@ -27,6 +27,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 SERVERS = {
     "rabbitmq": "servers.rabbitmq:RabbitMQ",
+    "rabbitmq3": "servers.rabbitmq:RabbitMQ3",
     "redis": "servers.redis:Redis",
     "postgresql": "servers.postgresql:PostgreSQL",
     "nats": "servers.nats:Nats",
@@ -40,7 +41,7 @@ SERVERS = {
     "mosquitto": "servers.mosquitto:Mosquitto",
     "mariadb": "servers.mariadb:MariaDB",
 }
-"""By name: the module and class of each server. ``kafka3`` is a cluster of three nodes, ``kafka39`` an old version."""
+"""By name: the module and class of each server. Those in 3 are clusters of three nodes."""
 
 
 class Missing(Exception):

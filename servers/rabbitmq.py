@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import socket
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from urllib.parse import quote
 
@@ -14,6 +16,15 @@ from servers.tls import PASSWORD, USER, certificates, files
 
 PROGRAMS = Path("/usr/lib/rabbitmq/bin")
 """The programs themselves: the wrappers on the PATH change to another user and know one node only."""
+
+
+def know_names(server: Server, port: int) -> None:
+    """Start an epmd as a child of ours: the one that a node starts by itself would outlive it."""
+    epmd = shutil.which("epmd")
+    if epmd is None:
+        raise Missing("epmd is not installed; as root: apt-get install erlang-base")
+    server.launch([epmd, "-port", str(port), "-address", "127.0.0.1"], log="epmd.log")
+    server.wait(lambda: listens(port), f"epmd on port {port}", log="epmd.log")
 
 
 class RabbitMQ(Server):
@@ -26,9 +37,14 @@ class RabbitMQ(Server):
 
     name = "rabbitmq"
 
-    def __init__(self, folder: Path, *, secure: bool = False) -> None:
+    def __init__(self, folder: Path, *, secure: bool = False, names: int = 0) -> None:
         super().__init__(folder, secure=secure)
-        self.port, self._distribution, self._epmd = free_port(), free_port(), free_port()
+        self.port, self._distribution = free_port(), free_port()
+        self._epmd = names or free_port()
+        self._alone = not names
+        """With ``names`` somebody else's epmd, on that port, knows the node, too."""
+        self.peers: list[str] = []
+        """The nodes of its cluster, itself among them."""
 
     @classmethod
     def install(cls) -> None:
@@ -69,21 +85,25 @@ class RabbitMQ(Server):
             }
         else:
             settings["listeners.tcp.1"] = address
+        if self.peers:
+            settings["cluster_formation.peer_discovery_backend"] = "classic_config"
+            settings |= {f"cluster_formation.classic_config.nodes.{n}": peer for n, peer in enumerate(self.peers, 1)}
         (self.folder / "rabbitmq.conf").write_text("".join(f"{name} = {value}\n" for name, value in settings.items()))
         plugins = "rabbitmq_auth_mechanism_ssl" if self.secure else ""
         (self.folder / "enabled_plugins").write_text(f"[{plugins}].\n")
-        epmd = shutil.which("epmd")
-        if epmd is None:
-            raise Missing("epmd is not installed; as root: apt-get install erlang-base")
-        # A child of ours: the one that a node starts by itself would outlive it.
-        self.launch([epmd, "-port", str(self._epmd), "-address", "127.0.0.1"], log="epmd.log")
-        self.wait(lambda: listens(self._epmd), f"epmd on port {self._epmd}", log="epmd.log")
+        if self._alone:
+            know_names(self, self._epmd)
         self.launch([PROGRAMS / "rabbitmq-server"], env=self.environment())
         self.wait(self.answers, f"port {self.port}")
         if self.secure and first:
             self.ctl("add_user", USER, PASSWORD)
             self.ctl("set_permissions", USER, ".*", ".*", ".*")
             self.ctl("delete_user", "guest")
+
+    @property
+    def node(self) -> str:
+        """Its name among nodes."""
+        return f"stentor{self.port}@localhost"
 
     def answers(self) -> bool:
         """Whether it takes connections; its port is opened last."""
@@ -95,11 +115,11 @@ class RabbitMQ(Server):
 
     def environment(self) -> dict[str, str]:
         """What its programs need to know of this node."""
-        home = self.folder / "home"
+        home = self.folder / "home" if self._alone else self.folder.parent / "home"  # nodes share a cookie
         home.mkdir(exist_ok=True)
         return os.environ | {
             "HOME": str(home),
-            "RABBITMQ_NODENAME": f"stentor{self.port}@localhost",
+            "RABBITMQ_NODENAME": self.node,
             "RABBITMQ_DIST_PORT": str(self._distribution),
             "ERL_EPMD_PORT": str(self._epmd),
             "ERL_EPMD_ADDRESS": "127.0.0.1",
@@ -119,3 +139,48 @@ class RabbitMQ(Server):
             env=self.environment(), stdin=subprocess.DEVNULL, capture_output=True, text=True, check=True,
         )  # fmt: skip
         return done.stdout
+
+
+class RabbitMQ3(Server):
+    """Three nodes, three copies of each stream, two of which confirm: one node may be lost at any time."""
+
+    name = "rabbitmq3"
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self._epmd = free_port()
+        self.nodes = [RabbitMQ(folder / f"node{number}", names=self._epmd) for number in range(3)]
+        for node in self.nodes:
+            node.peers = [peer.node for peer in self.nodes]
+
+    @classmethod
+    def install(cls) -> None:
+        RabbitMQ.install()
+
+    @classmethod
+    def release(cls) -> str:
+        return RabbitMQ.release()
+
+    @property
+    def url(self) -> str:
+        hosts = ",".join(f"127.0.0.1:{node.port}" for node in self.nodes)
+        return f"amqp://{hosts}?replicas=3"
+
+    def start(self) -> None:
+        know_names(self, self._epmd)
+        with ThreadPoolExecutor() as pool:
+            list(pool.map(lambda node: node.start(), self.nodes))
+        self.nodes[0].ctl("await_online_nodes", "3")
+
+    def end(self, sign: signal.Signals, patience: float = 30.0) -> None:
+        for node in self.nodes:
+            node.end(sign, patience)
+        super().end(sign, patience)
+
+    def start_node(self, node: int) -> None:
+        """Start one node again, counted from 0; back when it answers."""
+        self.nodes[node].start()
+
+    def end_node(self, node: int, sign: signal.Signals = signal.SIGKILL) -> None:
+        """Send a signal to one node, counted from 0, and wait until it has ended; the others go on."""
+        self.nodes[node].end(sign)

@@ -16,6 +16,7 @@ clients other addresses (Kafka's advertised listeners, say) makes the proxy know
 from __future__ import annotations
 
 import asyncio
+import signal
 import sys
 import threading
 from collections import Counter
@@ -393,6 +394,61 @@ class ServerScene(FleetScene):
             for topic in ("jobs", "made"):
                 ids = Counter(message.id for message in await fleet.stage.browse(topic))
                 assert [id for id, times in ids.items() if times > 1] == []
+
+
+class ThreeNodes(ServerScene):
+    """Three nodes with three copies of everything, two of which confirm; the server ends and starts nodes."""
+
+    async def leader(self, broker: Any, server: Any, topic: str) -> int:
+        """The node that leads a topic of one partition, counted from 0."""
+        raise NotImplementedError
+
+    async def in_step(self, broker: Any) -> bool | None:
+        """Whether all copies are; None where the server does not tell."""
+        return None
+
+    async def well(self, broker: Any) -> bool:
+        return await broker.health() is None
+
+    @asynccontextmanager
+    async def lost(self, server: Any, *nodes: int, sign: signal.Signals = signal.SIGKILL) -> AsyncIterator[None]:
+        """Nodes are killed or stopped, and started again at the end."""
+        await asyncio.gather(*(asyncio.to_thread(server.end_node, node, sign) for node in nodes))
+        try:
+            yield
+        finally:
+            await asyncio.gather(*(asyncio.to_thread(server.start_node, node) for node in nodes))
+
+    async def test_r02_a_node_is_lost(self, fleet: Fleet, server: servers.Server, report: Report) -> None:
+        """Killed, then another stopped in order: all goes on, also what is started meanwhile; they come back."""
+        broker: Any = fleet.stage.broker
+        assert broker.features.durable == "replica"
+        async with self.under_load(fleet, report) as load:
+            for topic, sign in (("stentor.state.0", signal.SIGKILL), ("stentor.leases", signal.SIGTERM)):
+                async with self.lost(server, await self.leader(broker, server, broker.prefix + topic), sign=sign):
+                    await fleet.start(acts=[Act(do="sleep", seconds=0.002)], makes=True)
+                    await load.goes_on(self.patience)
+                    await until(lambda: self.well(broker), "two of three are enough", self.patience)
+                    assert not await self.in_step(broker)
+
+                async def again() -> bool:
+                    return await self.in_step(broker) is not False
+
+                await until(again, "the node is in step again", self.patience)
+                await load.goes_on(self.patience)
+
+    async def test_r01_two_nodes_are_lost(self, fleet: Fleet, server: servers.Server, report: Report) -> None:
+        """One copy is not enough: nothing is confirmed and health says so, until they are back."""
+        broker = fleet.stage.broker
+        async with self.under_load(fleet, report) as load:
+            async with self.lost(server, 1, 2):
+                before = load.refused.total()
+                await until(lambda: load.refused.total() > before, "what is published is refused", self.patience)
+                confirmed = len(fleet.published)
+                await until(broker.health, "health knows", self.patience)
+                assert len(fleet.published) == confirmed
+            await load.goes_on(self.patience)
+            await until(lambda: self.well(broker), "health knows", self.patience)
 
 
 class ServerFaults(ServerScene):

@@ -488,7 +488,7 @@ def test_addresses(host: str, addresses: list[str]) -> None:
     assert all("[" not in name for name, _ in found)
 
 
-@pytest.mark.parametrize("scheme", ["amqp", "postgresql", "redis"])
+@pytest.mark.parametrize("scheme", ["postgresql", "redis"])
 def test_several_addresses_where_one_can_be_are_refused(scheme: str) -> None:
     with pytest.raises(ConfigError, match=f"{scheme}://one,two:5: name one host"):
         connect(f"{scheme}://one,two:5")

@@ -2,10 +2,8 @@
 
 import asyncio
 import logging
-import signal
 import time
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -16,7 +14,6 @@ from confluent_kafka import KafkaError
 import servers
 from servers.kafka import Kafka
 from servers.tls import PASSWORD, USER
-from stentor.broker import Broker
 from stentor.brokers import kafka
 from stentor.brokers.kafka import KafkaBroker, _failure
 from stentor.connect import connect
@@ -24,10 +21,8 @@ from stentor.errors import AuthenticationFailed, ConfigError, Unavailable, Unkno
 from stentor.event import Topic
 from stentor.message import Message
 from stentor.testing.conformance import Rules  # noqa: F401  first: it has asserts rewritten
-from stentor.testing.conformance.fleet import Fleet
-from stentor.testing.conformance.program import Act
 from stentor.testing.conformance.stage import Stage, until
-from tests.faults import Proxy, Report, ServerFaults, ServerScene
+from tests.faults import Proxy, ServerFaults, ThreeNodes
 from tests.real import fresh, server_url
 
 pytestmark = [pytest.mark.server, pytest.mark.slow]
@@ -48,61 +43,16 @@ class TestKafkaServer(ServerFaults):
         return f"kafka://127.0.0.1:{proxy.port}?{url.partition('?')[2]}"
 
 
-class TestKafkaNodes(ServerScene):
-    """Three nodes with three copies of everything, two of which confirm."""
-
+class TestKafkaNodes(ThreeNodes):
     name = "kafka3"
     options = {"lease": 1, "beat": 0.25}  # noqa: RUF012
 
-    @asynccontextmanager
-    async def lost(
-        self, server: servers.Server, *nodes: int, sign: signal.Signals = signal.SIGKILL
-    ) -> AsyncIterator[None]:
-        """Nodes are killed or stopped, and started again at the end."""
-        assert isinstance(server, Kafka)
-        await asyncio.gather(*(asyncio.to_thread(server.end_node, node, sign) for node in nodes))
-        try:
-            yield
-        finally:
-            await asyncio.gather(*(asyncio.to_thread(server.start_node, node) for node in nodes))
-
-    async def leader(self, broker: KafkaBroker, topic: str) -> int:
-        """The node that leads a topic of one partition, counted from 0."""
+    async def leader(self, broker: Any, server: Any, topic: str) -> int:
         found: int = (await broker._metadata(10, topic)).topics[topic].partitions[0].leader
         return found - 1
 
-    async def all_in_step(self, broker: KafkaBroker) -> bool:
+    async def in_step(self, broker: Any) -> bool:
         return "in step" not in {finding.check for finding in await self.patient(broker.review)}
-
-    async def well(self, broker: Broker) -> bool:
-        return await broker.health() is None
-
-    async def test_r02_a_node_is_lost(self, fleet: Fleet, server: servers.Server, report: Report) -> None:
-        """Killed, then another stopped in order: all goes on, also what is started meanwhile; they come back."""
-        broker = fleet.stage.broker
-        assert isinstance(broker, KafkaBroker)
-        async with self.under_load(fleet, report) as load:
-            for topic, sign in (("stentor.state.0", signal.SIGKILL), ("stentor.leases", signal.SIGTERM)):
-                async with self.lost(server, await self.leader(broker, broker.prefix + topic), sign=sign):
-                    await fleet.start(acts=[Act(do="sleep", seconds=0.002)], makes=True)
-                    await load.goes_on(self.patience)
-                    await until(lambda: self.well(broker), "two of three are enough", self.patience)
-                    assert not await self.all_in_step(broker)
-                await until(lambda: self.all_in_step(broker), "the node is in step again", self.patience)
-                await load.goes_on(self.patience)
-
-    async def test_r01_two_nodes_are_lost(self, fleet: Fleet, server: servers.Server, report: Report) -> None:
-        """One copy is not enough: nothing is confirmed and health says so, until they are back."""
-        broker = fleet.stage.broker
-        async with self.under_load(fleet, report) as load:
-            async with self.lost(server, 1, 2):
-                before = load.refused.total()
-                await until(lambda: load.refused.total() > before, "what is published is refused", self.patience)
-                confirmed = len(fleet.published)
-                await until(broker.health, "health knows", self.patience)
-                assert len(fleet.published) == confirmed
-            await load.goes_on(self.patience)
-            await until(lambda: self.well(broker), "health knows", self.patience)
 
     async def test_r11_what_is_asked_as_a_node_dies(self, stage: Stage, server: servers.Server) -> None:
         """Clients still take it for a leader and are told so: what they ask is answered once another leads."""

@@ -1,26 +1,17 @@
 """What is special about NATS: its faults, its security, its streams, and what a message from elsewhere becomes."""
 
-import asyncio
 import json
-import signal
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from typing import Any
 
 import pytest
 
-import servers
-from servers.nats import Nats3
-from stentor.broker import Broker
 from stentor.brokers.nats import NatsBroker
 from stentor.connect import connect
 from stentor.errors import AuthenticationFailed, ConfigError, StentorError
 from stentor.event import Topic
 from stentor.message import Message
 from stentor.testing.conformance import Rules  # noqa: F401  first: it has asserts rewritten
-from stentor.testing.conformance.fleet import Fleet
-from stentor.testing.conformance.program import Act
-from stentor.testing.conformance.stage import until
-from tests.faults import Report, ServerFaults, ServerScene
+from tests.faults import ServerFaults, ThreeNodes
 from tests.real import fresh, server_url
 
 pytestmark = [pytest.mark.server, pytest.mark.slow]
@@ -33,55 +24,11 @@ class TestNatsServer(ServerFaults):
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-class TestNatsNodes(ServerScene):
-    """Three nodes with three copies of everything, two of which confirm."""
-
+class TestNatsNodes(ThreeNodes):
     name = "nats3"
 
-    @asynccontextmanager
-    async def lost(
-        self, server: servers.Server, *nodes: int, sign: signal.Signals = signal.SIGKILL
-    ) -> AsyncIterator[None]:
-        """Nodes are killed or stopped, and started again at the end."""
-        assert isinstance(server, Nats3)
-        await asyncio.gather(*(asyncio.to_thread(server.end_node, node, sign) for node in nodes))
-        try:
-            yield
-        finally:
-            await asyncio.gather(*(asyncio.to_thread(server.start_node, node) for node in nodes))
-
-    async def leader(self, broker: NatsBroker, topic: str) -> int:
-        """The node that leads a stream, counted from 0."""
+    async def leader(self, broker: Any, server: Any, topic: str) -> int:
         return int((await self.patient(lambda: broker._info(topic)))["cluster"]["leader"].removeprefix("n"))
-
-    async def well(self, broker: Broker) -> bool:
-        return await broker.health() is None
-
-    async def test_r02_a_node_is_lost(self, fleet: Fleet, server: servers.Server, report: Report) -> None:
-        """Killed, then another stopped in order: all goes on, also what is started meanwhile; they come back."""
-        broker = fleet.stage.broker
-        assert isinstance(broker, NatsBroker)
-        assert broker.features.durable == "replica"
-        async with self.under_load(fleet, report) as load:
-            for topic, sign in (("stentor.state.0", signal.SIGKILL), ("stentor.leases", signal.SIGTERM)):
-                async with self.lost(server, await self.leader(broker, broker.prefix + topic), sign=sign):
-                    await fleet.start(acts=[Act(do="sleep", seconds=0.002)], makes=True)
-                    await load.goes_on(self.patience)
-                    await until(lambda: self.well(broker), "two of three are enough", self.patience)
-                await load.goes_on(self.patience)
-
-    async def test_r01_two_nodes_are_lost(self, fleet: Fleet, server: servers.Server, report: Report) -> None:
-        """One copy is not enough: nothing is confirmed and health says so, until they are back."""
-        broker = fleet.stage.broker
-        async with self.under_load(fleet, report) as load:
-            async with self.lost(server, 1, 2):
-                before = load.refused.total()
-                await until(lambda: load.refused.total() > before, "what is published is refused", self.patience)
-                confirmed = len(fleet.published)
-                await until(broker.health, "health knows", self.patience)
-                assert len(fleet.published) == confirmed
-            await load.goes_on(self.patience)
-            await until(lambda: self.well(broker), "health knows", self.patience)
 
 
 @pytest.fixture

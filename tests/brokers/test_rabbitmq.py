@@ -2,6 +2,7 @@
 
 import asyncio
 import subprocess
+from typing import Any
 from urllib.parse import quote
 
 import pytest
@@ -16,7 +17,7 @@ from stentor.errors import AuthenticationFailed, ConfigError, PublishUnknown, Un
 from stentor.event import Topic
 from stentor.message import Message
 from stentor.testing.conformance import Rules  # noqa: F401  first: it has asserts rewritten
-from tests.faults import ServerFaults
+from tests.faults import ServerFaults, ThreeNodes
 from tests.real import fresh, server_url, unavailable
 
 pytestmark = [pytest.mark.server, pytest.mark.slow]
@@ -24,6 +25,15 @@ pytestmark = [pytest.mark.server, pytest.mark.slow]
 
 class TestRabbitMQServer(ServerFaults):
     name = "rabbitmq"
+
+
+class TestRabbitMQNodes(ThreeNodes):
+    name = "rabbitmq3"
+
+    async def leader(self, broker: Any, server: Any, topic: str) -> int:
+        listed = await asyncio.to_thread(server.nodes[0].ctl, "list_queues", "name", "leader", "--silent")
+        leaders = dict(line.split() for line in listed.splitlines())
+        return [node.node for node in server.nodes].index(leaders[f"{topic}.0"])
 
 
 @pytest.fixture

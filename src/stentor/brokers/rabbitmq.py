@@ -270,7 +270,7 @@ class RabbitMQFeed(Feed):
 
 
 class RabbitMQBroker(LogStateBroker):
-    """``amqp://[user:password@]host[:5672][/vhost]``, ``amqps://`` for TLS. RabbitMQ 3.10 or newer.
+    """``amqp://[user:password@]host[:5672][,another][/vhost]``, ``amqps://`` for TLS. RabbitMQ 3.10 or newer.
 
     Options: those of ``LogBroker``, ``ca``, ``cert``, ``key`` (files; TLS always verifies the server) and ``replicas``
     (of the streams that this program makes, default: one for each node).
@@ -280,10 +280,9 @@ class RabbitMQBroker(LogStateBroker):
         super().__init__(url, clock)
         self.tls = tls = trust(url, 5671, secure=url.scheme == "amqps")
         context = tls.context if tls else None
-        host, port = url.address(5671 if tls else 5672)
         user = None if tls and tls.cert and not url.user else url.user or "guest"
         self._login = Login(
-            host, port, unquote(url.path.strip("/")) or "/", user,
+            url.addresses(5671 if tls else 5672), unquote(url.path.strip("/")) or "/", user,
             url.password or ("" if url.user else "guest"), context, HEARTBEAT,
         )  # fmt: skip
         self._replicas = url.option("replicas", 0, int)
@@ -322,6 +321,7 @@ class RabbitMQBroker(LogStateBroker):
         if connection.blocked:
             raise Unavailable(f"{self} takes no events now: {connection.blocked}")
         await self._there(f"{self.lease_topic}.0")
+        await self.stores()
 
     async def review(self) -> list[Finding]:
         connection = await self._data.connection()

@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import random
 import ssl
 import struct
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, cast
+
+from stentor.connect import Address
 
 METHOD, HEADER, BODY, HEARTBEAT = 1, 2, 3, 8
 END = b"\xce"
@@ -56,8 +59,7 @@ class Refused(Exception):
 class Login(NamedTuple):
     """Where and as whom: no ``user`` means EXTERNAL, by the certificate."""
 
-    host: str
-    port: int
+    addresses: Sequence[Address]
     vhost: str
     user: str | None
     password: str
@@ -160,12 +162,26 @@ class Connection(asyncio.Protocol):
 
     @classmethod
     async def open(cls, login: Login, patience: float = 5.0) -> Connection:
-        """Connect and log in. Raises Lost, or Refused (wrong credentials, no such virtual host), or ssl.SSLError."""
+        """Connect to one of the addresses and log in.
+
+        Raises Lost where none of them answers, or Refused (wrong credentials, no such virtual host), or ssl.SSLError.
+        """
+        lost: Lost | None = None
+        for address in random.sample(login.addresses, len(login.addresses)):  # all nodes get some
+            try:
+                return await cls._open(login, address, patience)
+            except Lost as error:
+                lost = error
+        assert lost is not None
+        raise lost
+
+    @classmethod
+    async def _open(cls, login: Login, address: Address, patience: float) -> Connection:
         loop = asyncio.get_running_loop()
         made = cls(login)
         try:
             async with asyncio.timeout(patience):
-                await loop.create_connection(lambda: made, login.host, login.port, ssl=login.context)
+                await loop.create_connection(lambda: made, address.host, address.port, ssl=login.context)
                 await made._opened
         except TimeoutError:
             made.abort()

@@ -44,7 +44,7 @@ class KafkaSink:
         self._make = Sender
 
     async def __aenter__(self) -> Self:
-        self._sender = self._make(self._settings, 1, LARGEST)
+        self._sender = self._make(self._settings, LARGEST)
         return self
 
     async def __aexit__(self, *error: object) -> None:
