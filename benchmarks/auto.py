@@ -1,4 +1,6 @@
-"""``concurrency="auto"`` beside fixed settings: a handler that needs one of so many PostgreSQL connections for 10 ms.
+"""``concurrency="auto"`` beside fixed settings: a handler that needs one of so many places for 10 ms.
+
+The places are connections of PostgreSQL, whose test server has 100 in all, or those of an HTTP service.
 
 The app runs on the memory broker with events always waiting, for some seconds; the last ones count. ``simulated`` sends
 the limiter through six kinds of services that change (``limiter_model.py``).
@@ -10,24 +12,66 @@ import asyncio
 import math
 import statistics
 import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from benchmarks.deliver import served
 from benchmarks.limiter_model import KINDS, high, phases
 from benchmarks.measure import Bar, Case, Figures, Results, Row
 from benchmarks.postgresql_peers import server
 
-POOLS = (4, 20, 80)
+PLACES = {"4": 4, "20": 20, "80": 80, "http": 20}
+"""By name, in PostgreSQL unless it says otherwise."""
 FIXED = (2, 4, 6, 8, 16, 20, 24, 32, 48, 64, 80, 96, 128)
 WARM, COUNTED = 5.0, 4.0
 SLEEP = "SELECT pg_sleep(0.010)"
+_places = asyncio.Semaphore(PLACES["http"])
 
 
-async def _run(folder: Path, pool: int, limit: Any) -> tuple[float, float, float]:
-    """Events a second, the p99 of the handler in ms, and the limit, for a pool of connections."""
+async def service(scope: Any, receive: Any, send: Any) -> None:
+    """Answer when one of the places was held for 10 ms."""
+    await receive()
+    async with _places:
+        await asyncio.sleep(0.010)
+    await send({"type": "http.response.start", "status": 204, "headers": []})
+    await send({"type": "http.response.body"})
+
+
+@asynccontextmanager
+async def _called(folder: Path, name: str) -> AsyncIterator[Callable[[], Awaitable[object]]]:
+    """What a handler calls, with so many places."""
+    if name == "http":
+        import aiohttp
+
+        with served("benchmarks.auto:service") as url:
+            async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
+
+                async def get() -> object:
+                    async with session.get(url) as answer:
+                        return await answer.read()
+
+                yield get
+        return
     import psycopg_pool
 
+    size = PLACES[name]
+    async with psycopg_pool.AsyncConnectionPool(
+        server(folder), min_size=size, max_size=size, open=False
+    ) as connections:
+        await connections.wait()
+
+        async def ask() -> object:
+            async with connections.connection() as connection:
+                return await connection.execute(SLEEP)
+
+        yield ask
+
+
+async def _run(folder: Path, name: str, limit: Any) -> tuple[float, float, float]:
+    """Events a second, the p99 of the handler in ms, and the limit."""
     from stentor import App, Event, Group
 
     class Job(Event, topic="jobs", type="bench.job"):
@@ -36,16 +80,12 @@ async def _run(folder: Path, pool: int, limit: Any) -> tuple[float, float, float
     app = App("bench", broker="memory://")
     times: list[tuple[float, float]] = []
 
-    async with psycopg_pool.AsyncConnectionPool(
-        server(folder), min_size=pool, max_size=pool, open=False
-    ) as connections:
-        await connections.wait()
+    async with _called(folder, name) as call:
 
         @app.on(Job, group=Group("work", concurrency=limit))
         async def work(job: Job) -> None:
             began = time.perf_counter()
-            async with connections.connection() as connection:
-                await connection.execute(SLEEP)
+            await call()
             ended = time.perf_counter()
             times.append((ended, ended - began))
 
@@ -67,10 +107,10 @@ async def _run(folder: Path, pool: int, limit: Any) -> tuple[float, float, float
 
 
 def setting(limit: Any, folder: Path) -> Figures:
-    """One setting, on each pool."""
+    """One setting, for each number of places."""
     figures: dict[str, float] = {}
-    for pool in POOLS:
-        if limit != "auto" and not pool / 2 <= limit <= 2 * pool:
+    for pool, places in PLACES.items():
+        if limit != "auto" and not places / 2 <= limit <= 2 * places:
             continue
         figures[f"rate{pool}"], figures[f"p99_{pool}"], figures[f"limit{pool}"] = asyncio.run(_run(folder, pool, limit))
     return figures
@@ -103,7 +143,7 @@ def bars(results: Results) -> list[Bar]:
         Bar("simulated: share of phases that converge", results.values("simulated", "converged"), 1.0, at_least=True),
         Bar("simulated: median seconds until then", results.values("simulated", "seconds"), 5, at_least=False),
     ]
-    for pool in POOLS:
+    for pool in PLACES:
         rates: dict[str, float] = {}
         for limit in FIXED:
             if values := results.values(f"{limit}", f"rate{pool}"):
@@ -113,9 +153,9 @@ def bars(results: Results) -> list[Bar]:
         best = max(rates.values())
         good = next(name for name, rate in rates.items() if rate >= 0.98 * best)  # the smallest that is good enough
         found += [
-            Bar(f"pool of {pool}: events/s, share of the best ({good})",
+            Bar(f"places, {pool}: events/s, share of the best ({good})",
                 results.ratios("auto", good, f"rate{pool}"), 0.95, at_least=True),
-            Bar(f"pool of {pool}: p99, times that of {good}",
+            Bar(f"places, {pool}: p99, times that of {good}",
                 results.ratios("auto", good, f"p99_{pool}"), 1.25, at_least=False),
         ]  # fmt: skip
     return found
@@ -128,14 +168,14 @@ def _start(folder: Path) -> Figures:
 
 ROW = Row(
     name="auto",
-    title='concurrency="auto" beside fixed settings: pools of PostgreSQL connections, 10 ms each',
+    title='concurrency="auto" beside fixed settings: so many places for 10 ms each, in PostgreSQL and an HTTP service',
     cases=[
         Case("auto", partial(setting, "auto"), "psycopg[pool]"),
         *(Case(f"{limit}", partial(setting, limit), "psycopg[pool]") for limit in FIXED),
         Case("simulated", simulated),
     ],
     columns={
-        **{f"{kind}{pool}": f"{text} {pool}" for pool in POOLS
+        **{f"{kind}{pool}": f"{text} {pool}" for pool in PLACES
            for kind, text in (("rate", "events/s"), ("p99_", "p99 ms"), ("limit", "limit"))},
         "median": "median", "tenth": "worst tenth", "p99": "p99", "converged": "converged", "seconds": "after s",
     },

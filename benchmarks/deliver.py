@@ -33,9 +33,9 @@ async def service(scope: Any, receive: Any, send: Any) -> None:
 
 
 @contextmanager
-def served() -> Iterator[str]:
-    """The URL of the service."""
-    command = [sys.executable, "-m", "uvicorn", "benchmarks.deliver:service", "--port", "0", "--lifespan", "off"]
+def served(app: str = "benchmarks.deliver:service") -> Iterator[str]:
+    """The URL of a service, in a process of its own."""
+    command = [sys.executable, "-m", "uvicorn", app, "--port", "0", "--lifespan", "off"]
     command += ["--no-access-log", "--ws", "none"]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None
