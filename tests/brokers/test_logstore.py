@@ -1,6 +1,7 @@
 """The map on a log: members that interleave as they like agree on every entry, and a stale fence never holds."""
 
 import asyncio
+import contextlib
 import random
 from collections.abc import AsyncGenerator
 
@@ -337,15 +338,17 @@ async def carry_on(seed: int, generation: int) -> None:
 
     async def fill() -> None:
         for number in range(40):
-            await other.write("t", {"filling": b"x" * 40 + b"%d" % number})
+            with contextlib.suppress(Unavailable):  # slower than a whole generation, it cannot tell
+                await other.write("t", {"filling": b"x" * 40 + b"%d" % number})
 
     filling = asyncio.create_task(fill())
     done = 0
     while done < 12 or not filling.done():
         try:
             done += await carried(carrier, server, done, outputs)
-        except ShutOut:
-            raise AssertionError(f"what was carried is lost after {done}") from None
+        except ShutOut:  # the same: its state says what became of it
+            await carrier.sync()
+            done = int(carrier.get("s", "counter") or b"-1") + 1
         except Unavailable:  # the store begins a new log, or the hold came too late for the old one
             continue
     await filling
@@ -371,4 +374,18 @@ async def test_what_is_carried_and_not_seen_shuts_its_member_out() -> None:
     with pytest.raises(ShutOut, match="not seen within"):
         await member.carry([("s", {"a": b"1"}, ("counter", None))], lost)
     assert member.get("s", "a") is None
+    await member.close()
+
+
+async def test_what_is_carried_while_the_log_is_read_anew_is_not_sent_twice() -> None:
+    """The member loses the log after the step was stored: it cannot tell, and must not say that nothing was done."""
+    server = MemoryLogs()
+    member = store(server)
+    await member.open()
+
+    async def send(log: MemoryLog, record: bytes) -> None:
+        member._lost()
+
+    with pytest.raises(ShutOut, match="was not seen"):
+        await member.carry([("s", {"a": b"1"}, ("counter", None))], send)
     await member.close()

@@ -26,6 +26,7 @@ from stentor.broker import Features, Finding
 from stentor.brokers import findings
 from stentor.brokers.kafka_client import ASK_PATIENCE, KafkaFeed, Looker, Sender, client_settings
 from stentor.brokers.kafka_transactions import Aborted, Sent, Transactions
+from stentor.brokers.log_consumer import decode_ownership
 from stentor.brokers.log_state import LogStateBroker, encode_lease
 from stentor.brokers.logstore import HOLD, Dropped
 from stentor.brokers.storage import Entry, ShutOut, Stored, Write
@@ -60,7 +61,7 @@ _REFUSED = {
 }  # fmt: skip
 _FORBIDDEN = {
     KafkaError.TOPIC_AUTHORIZATION_FAILED, KafkaError.CLUSTER_AUTHORIZATION_FAILED,
-    KafkaError.GROUP_AUTHORIZATION_FAILED,
+    KafkaError.GROUP_AUTHORIZATION_FAILED, KafkaError.TRANSACTIONAL_ID_AUTHORIZATION_FAILED,
 }  # fmt: skip
 _NO_ANSWER = {KafkaError._TIMED_OUT, KafkaError.REQUEST_TIMED_OUT, KafkaError._TRANSPORT, KafkaError.NOT_CONTROLLER}
 _MOVING = {KafkaError.NOT_LEADER_FOR_PARTITION, KafkaError.LEADER_NOT_AVAILABLE}
@@ -432,7 +433,21 @@ class KafkaBroker(LogStateBroker):
         for one in writes:
             if "!owner" in one.changes:  # what a former owner was about to do, nobody does any more
                 one.changes[HOLD] = None
+                await self._overrule(one)
         return await super().write(writes)
+
+    async def _overrule(self, write: Write) -> None:
+        """Before another process's member loses a partition: shut it out. It was, where the member is dead."""
+        value = write.fence[1]
+        if self._transactions is None or value is None:
+            return
+        ours = self._heartbeat.members if self._heartbeat is not None else {}
+        member = decode_ownership(value).member
+        if member and member not in ours:
+            try:
+                await self._transactions.overrule(write.space, value)
+            except KafkaException as error:
+                raise _failure(self, error.args[0]) from None
 
     async def before_claims(self, spaces: Sequence[str], living: Mapping[str, str], me: str) -> None:
         if self._transactions is not None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +20,7 @@ from stentor.brokers.kafka_client import ASK_PATIENCE, meet
 from stentor.brokers.log_consumer import decode_ownership
 from stentor.brokers.logstore import HOLD, LogStore
 from stentor.brokers.storage import ShutOut, Write
+from stentor.errors import Unavailable
 from stentor.message import new_id
 
 if TYPE_CHECKING:
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
 OPEN_FOR = 10.0
 """Seconds after which the server aborts a transaction whose producer is gone, if nobody does before."""
 
+PART = 256 * 1024
+"""Bytes of the changes that are recorded in one transaction, where there are several."""
 Sent = tuple[str, int, bytes, bytes | None]
 """A message: topic, partition, value, key."""
 
@@ -79,13 +82,17 @@ class Transactor:
                 )  # fmt: skip
             self._again(producer.commit_transaction)
         except KafkaException as failed:
-            error: KafkaError = failed.args[0]
+            error: KafkaError = errors[0] if errors else failed.args[0]  # of the message that was refused, if one was
             try:
                 self._again(producer.abort_transaction)  # refused when it may have been committed
             except KafkaException as worse:
                 raise ShutOut(" ".join(worse.args[0].str().split())) from None
-            raise Aborted(errors[0] if errors else error) from None
+            raise Aborted(error) from None
         return offsets
+
+    def close(self) -> None:
+        """Let the producer go, which takes up to a second."""
+        del self._producer
 
     def _produce(self, topic: str, **message: Any) -> None:
         while True:
@@ -104,8 +111,24 @@ class Transactor:
                 step(ASK_PATIENCE)
                 return
             except KafkaException as error:
-                if not error.args[0].retriable() or time.monotonic() > deadline:
+                reason: KafkaError = error.args[0]
+                if not reason.retriable() or reason.code() == KafkaError._CONFLICT or time.monotonic() > deadline:
                     raise
+                time.sleep(0.05)
+
+
+def _parts(writes: Sequence[Write]) -> Iterator[list[Write]]:
+    """Writes whose records fit into one message."""
+    part: list[Write] = []
+    size = 0
+    for one in writes:
+        cost = sum(len(name) + len(value or b"") for name, value in one.changes.items())
+        if part and size + cost > PART:
+            yield part
+            part, size = [], 0
+        part.append(one)
+        size += cost
+    yield part
 
 
 class Transactions:
@@ -124,8 +147,9 @@ class Transactions:
         self._lock = asyncio.Lock()
 
     async def close(self) -> None:
-        made, self._made = self._made, {}
-        await asyncio.to_thread(made.clear)  # what is under way ends first
+        await self.keep(())
+        if (own := self._made.pop(self._own, None)) is not None:
+            await asyncio.to_thread(own.close)
 
     async def publish(self, messages: Sequence[Sent]) -> list[int]:
         """Store messages, all or none; their offsets. Raises Aborted, ShutOut or KafkaException."""
@@ -133,9 +157,21 @@ class Transactions:
 
     async def write(self, store: LogStore, writes: Sequence[Write]) -> list[bool]:
         """Carry out the writes of one member with what they publish. Raises Aborted, ShutOut or Unavailable."""
+        done: list[bool] = []
+        for part in _parts(writes):
+            try:
+                done += await self._write(store, part)
+            except (Aborted, Unavailable) as error:
+                if done:
+                    raise ShutOut(f"a part of it is stored: {error}") from None
+                raise
+        return done
+
+    async def _write(self, store: LogStore, writes: Sequence[Write]) -> list[bool]:
         fence = writes[0].fence[1]
         assert fence is not None
         member = decode_ownership(fence).member
+        await store.calm()
         holds = [store.write(one.space, {HOLD: b"1"}, one.fence) for one in writes]
         stand = list(await asyncio.gather(*holds))
         held = [one for one, ok in zip(writes, stand, strict=True) if ok]
@@ -160,11 +196,14 @@ class Transactions:
             if name != self._own:
                 raise ShutOut("it has no producer any more")
             made = await self._begin(name)
+        work = asyncio.ensure_future(asyncio.to_thread(made.store, messages, self._headers))
         try:
-            return await asyncio.to_thread(made.store, messages, self._headers)
+            return await asyncio.shield(work)
         except BaseException as error:
             if not isinstance(error, Aborted):
                 self._made.pop(name, None)
+                await asyncio.wait([work])  # a thread is not cancelled, and nothing is given up before it has ended
+                await asyncio.to_thread(made.close)
             raise
 
     async def _begin(self, name: str) -> Transactor:
@@ -173,9 +212,8 @@ class Transactions:
 
     async def keep(self, members: Iterable[str]) -> None:
         """The members that this process has; others have left."""
-        gone = {name: self._made.pop(name) for name in self._made.keys() - {self._own, *members}}
-        if gone:
-            await asyncio.to_thread(gone.clear)
+        gone = [self._made.pop(name) for name in self._made.keys() - {self._own, *members}]
+        await asyncio.gather(*(asyncio.to_thread(made.close) for made in gone))
 
     async def before_claims(self, store: LogStore, spaces: Iterable[str], living: Mapping[str, str], me: str) -> None:
         """Have a producer, as what is claimed from now on may be settled by it; shut out members that are gone.
@@ -184,15 +222,30 @@ class Transactions:
         Raises KafkaException.
         """
         stuck = [space for space in store.spaces() if store.get(space, HOLD)] if store.state.holds else []
+        left: list[tuple[str, bytes | None]] = []
         gone: dict[str, dict[str, bytes]] = {}
         for space in {*spaces, *stuck}:
             value = store.get(space, "!owner")
             member = "" if value is None else decode_ownership(value).member
             if value is not None and member and member not in living and self._shut.get(space) != value:
                 gone.setdefault(member, {})[space] = value
+            if space in stuck and member not in living:
+                left.append((space, value))
         async with self._lock:
             if me not in self._made:
                 await self._begin(me)
             for member, owned in gone.items():
-                await asyncio.to_thread(self._make, self._prefix + member)
+                await self._shut_out(member)
                 self._shut |= owned
+        for space, value in left:  # nobody may ever claim it, and no generation would end
+            await store.write(space, {HOLD: None}, ("!owner", value))
+
+    async def overrule(self, space: str, value: bytes) -> None:
+        """The owner of a space is about to lose it: shut it out, unless that was done. Raises KafkaException."""
+        if self._shut.get(space) != value:
+            await self._shut_out(decode_ownership(value).member)
+            self._shut[space] = value
+
+    async def _shut_out(self, member: str) -> None:
+        """Abort what a member has under way, and let it commit no more."""
+        await asyncio.to_thread(lambda: self._make(self._prefix + member).close())

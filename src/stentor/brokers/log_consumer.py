@@ -222,8 +222,10 @@ class LogConsumer:
                 continue
             self._reader.drop(held)
             was = decode_ownership(held.fence)
-            free = encode(Ownership(was.epoch))
-            writes.append(Write(held.space, ("!owner", held.fence), {"!owner": free, "!place": _place(held.track)}))
+            changes: dict[str, bytes | None] = {"!owner": encode(Ownership(was.epoch))}
+            if not held.track.moved:  # else it is ahead of what was stored, outputs and journal included
+                changes["!place"] = _place(held.track)
+            writes.append(Write(held.space, ("!owner", held.fence), changes))
         if writes:
             await self.broker.write(writes)
 

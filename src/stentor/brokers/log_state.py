@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import msgspec
 
 from stentor.brokers.log import LogBroker
-from stentor.brokers.logstore import Dropped, LogStore
+from stentor.brokers.logstore import HOLD, Dropped, LogStore
 from stentor.brokers.storage import Held, Write
 from stentor.brokers.wire import unpack
 from stentor.clock import Clock
@@ -192,7 +192,7 @@ class LogStateBroker(LogBroker):
         await store.sync()
         for space in spaces:
             if names := list(store.entries(space)):
-                await store.write(space, dict.fromkeys(names))
+                await store.write(space, dict.fromkeys([*names, HOLD]))
 
     # ---- leases -----------------------------------------------------------------------------------------------------
 

@@ -24,6 +24,8 @@ from stentor.errors import BrokerError, Unavailable
 
 HOLD = "!hold"
 """While a space has an entry of this name, no generation ends: what is being carried has to stand in it."""
+CALM = 1.0
+"""Seconds that members put no HOLD after a seal was void, at most."""
 Fence = tuple[str, bytes | None]
 """A name and the value that it must have, None for none, where the write stands in the order."""
 
@@ -190,6 +192,9 @@ class LogStore:
         self._bytes = 0
         self._limit = generation_bytes
         self._sealing = False
+        self._again = False
+        """This member's seal was void; it seals again when nothing is held."""
+        self._calm = 0.0
         self._parts: dict[str, State] = {}
         self._live = asyncio.Event()
         """The generation has begun, so that writes to it hold."""
@@ -254,6 +259,12 @@ class LogStore:
         """
         return await self._write(space, dict(changes), fence, self._patience)
 
+    async def calm(self) -> None:
+        """To be awaited before a HOLD: a generation that is to end gets a moment in which nothing is held."""
+        rest = self._calm - asyncio.get_running_loop().time()
+        if rest > 0:
+            await asyncio.sleep(rest)
+
     async def carry(
         self,
         changes: Sequence[tuple[str, dict[str, bytes | None], Fence]],
@@ -272,10 +283,13 @@ class LogStore:
         self._pending.update(zip((write.number for write in writes), waiting, strict=True))
         try:
             await send(log, _encode(writes))
-            async with asyncio.timeout(self._patience):
-                outcomes = await asyncio.gather(*waiting)
-        except TimeoutError:
-            raise ShutOut(f"what was stored is not seen within {self._patience:g} s") from None
+            try:
+                async with asyncio.timeout(self._patience):
+                    outcomes = await asyncio.gather(*waiting)
+            except TimeoutError:
+                raise ShutOut(f"what was stored is not seen within {self._patience:g} s") from None
+            except BrokerError as error:
+                raise ShutOut(f"what was stored was not seen: {error}") from None
         finally:
             for write in writes:
                 self._pending.pop(write.number, None)
@@ -375,7 +389,8 @@ class LogStore:
         self._log = None
         self._next = self._bytes = 0
         self._limit = self._generation_bytes
-        self._sealing = False
+        self._sealing = self._again = False
+        self._calm = 0.0
         self._parts = {}
         self._live.clear()
 
@@ -441,6 +456,9 @@ class LogStore:
         match record:
             case Write():
                 outcome = self.state.apply(record) if self._live.is_set() else None
+                if self._again and not self.state.holds and self._log is not None:
+                    self._again = False
+                    self._spawn(self._seal(self._log))
                 if outcome and record.changes:
                     self._changed(record.space)
                 if record.writer == self._me:
@@ -462,8 +480,8 @@ class LogStore:
                     if record.snapshot.startswith(self._me):
                         self._spawn(self._tidy(self._generation))
             case Seal() if self.state.holds:
-                if record.writer == self._me:  # again when as much has come once more
-                    self._limit, self._sealing = self._bytes + self._generation_bytes, False
+                self._calm = asyncio.get_running_loop().time() + CALM
+                self._again = self._again or record.writer == self._me
             case Seal():
                 self._begin(self._generation + 1)
                 self._spawn(self._snapshot(self._generation, record.writer == self._me))
