@@ -41,7 +41,10 @@ SERVERS = {
     "mosquitto": "servers.mosquitto:Mosquitto",
     "mariadb": "servers.mariadb:MariaDB",
 }
-"""By name: the module and class of each server. Those in 3 are clusters of three nodes."""
+"""By name: the module and class of each server.
+
+``rabbitmq3``, ``nats3`` and ``kafka3`` are clusters of three nodes, ``nats29`` and ``kafka39`` old versions.
+"""
 
 
 class Missing(Exception):

@@ -167,6 +167,11 @@ class RabbitMQ3(Server):
         return f"amqp://{hosts}?replicas=3"
 
     def start(self) -> None:
+        cookie = self.folder / "home" / ".erlang.cookie"
+        if not cookie.exists():  # nodes that begin at once would each make one, and the last would count
+            cookie.parent.mkdir(exist_ok=True)
+            cookie.write_text("STENTOR")
+            cookie.chmod(0o400)
         know_names(self, self._epmd)
         with ThreadPoolExecutor() as pool:
             list(pool.map(lambda node: node.start(), self.nodes))
