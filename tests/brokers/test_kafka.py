@@ -6,10 +6,10 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
+from urllib.parse import quote, urlsplit
 
 import pytest
-from confluent_kafka import KafkaError
+from confluent_kafka import KafkaError, Producer
 
 import servers
 from servers.kafka import Kafka
@@ -20,6 +20,7 @@ from stentor.connect import connect
 from stentor.errors import AuthenticationFailed, ConfigError, Unavailable, UnknownTopic
 from stentor.event import Topic
 from stentor.message import Message
+from stentor.subscription import Subscription
 from stentor.testing.conformance import Rules  # noqa: F401  first: it has asserts rewritten
 from stentor.testing.conformance.stage import Stage, until
 from tests.faults import Proxy, ServerFaults, ThreeNodes
@@ -175,6 +176,31 @@ async def test_a_topic_is_found_that_was_missing_before(tmp_path_factory: pytest
     finally:
         await second.close()
         await first.close()
+
+
+async def test_events_behind_an_open_transaction_wait(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Nobody reads past a transaction that has not ended, whoever has it: what stands behind it is lag all the same."""
+    url = fresh(server_url("kafka", tmp_path_factory))
+    broker: Any = connect(url)
+    await broker.open()
+    other = Producer({"bootstrap.servers": urlsplit(url).netloc, "transactional.id": broker.prefix})
+    try:
+        await broker.declare([Topic("t", partitions=1)], [Subscription(group="g", topics=("t",), app="app")])
+        await asyncio.to_thread(other.init_transactions, 10)
+        other.begin_transaction()
+        other.produce(broker.prefix + "t", b"{}", partition=0)
+        assert await asyncio.to_thread(other.flush, 10) == 0
+        await broker.publish([message("1")])
+        assert [(lag.events, lag.seconds) for lag in await broker.admin.lag()] == [(2, 0.0)]
+        await asyncio.to_thread(other.abort_transaction, 10)
+
+        async def seen() -> bool:
+            [lag] = await broker.admin.lag()
+            return bool(lag.seconds)
+
+        await until(seen, "the event is seen, and how old it is")
+    finally:
+        await broker.close()
 
 
 @pytest.mark.parametrize(("code", "answered"), [("NOT_LEADER_FOR_PARTITION", True), ("BROKER_NOT_AVAILABLE", False)])

@@ -19,7 +19,7 @@ from functools import partial
 from typing import Any, TypeVar
 
 import msgspec
-from confluent_kafka import OFFSET_INVALID, KafkaError, KafkaException, Producer, TopicPartition
+from confluent_kafka import OFFSET_INVALID, IsolationLevel, KafkaError, KafkaException, Producer, TopicPartition
 from confluent_kafka.admin import AdminClient, ConfigResource, NewTopic, OffsetSpec, ResourceType
 
 from stentor.broker import Features, Finding
@@ -52,6 +52,7 @@ OPEN_PATIENCE = 5.0
 log = logging.getLogger("stentor.broker")
 
 _EARLIEST, _LATEST = OffsetSpec.earliest(), OffsetSpec.latest()
+_STORED, _COMMITTED = IsolationLevel.READ_UNCOMMITTED, IsolationLevel.READ_COMMITTED
 _HEADERS = [("content-type", CONTENT_TYPE.encode())]
 
 _GONE = {KafkaError.UNKNOWN_TOPIC_OR_PART, KafkaError._UNKNOWN_TOPIC, KafkaError._UNKNOWN_PARTITION}
@@ -487,11 +488,14 @@ class KafkaBroker(LogStateBroker):
         with contextlib.suppress(UnknownTopic):
             await self._answer(self._asked().delete_topics([topic], request_timeout=ASK_PATIENCE))
 
-    async def _offsets(self, topic: str, partitions: Sequence[int], what: OffsetSpec) -> list[int]:
+    async def _offsets(
+        self, topic: str, partitions: Sequence[int], what: OffsetSpec, seen: IsolationLevel = _STORED
+    ) -> list[int]:
         asked = {TopicPartition(topic, index): what for index in partitions}
 
         async def ask(patience: float) -> list[int]:
-            answers = await self._answer(self._asked().list_offsets(asked, request_timeout=patience))
+            listing = self._asked().list_offsets(asked, isolation_level=seen, request_timeout=patience)
+            answers = await self._answer(listing)
             found = {cell.partition: answer.offset for cell, answer in answers.items()}
             if OFFSET_INVALID in found.values():  # what the client says of a leader that did not answer in time
                 raise Unavailable(f"{self}: a leader of {topic} does not answer")
@@ -530,9 +534,15 @@ class KafkaBroker(LogStateBroker):
             starts.append((topic, index, max(first, offset)))
         wanted = list(dict.fromkeys(place for place, count in zip(starts, counts, strict=True) if count))
         times = await self._times(wanted)
-        # Where there is none, all that counts is marks of where transactions ended.
+        # Where there is none, nothing is left but marks of where transactions ended, or one of them is still open.
+        unseen = {place[:2] for place in wanted if place not in times}
+        closed = set()
+        for topic, index in unseen:
+            [end] = await self._offsets(topic, [index], _LATEST, _COMMITTED)
+            if end >= known[topic, index][1]:
+                closed.add((topic, index))
         return [
-            (count, times[place]) if count and place in times else (0, None)
+            (count, times.get(place)) if count and (place in times or place[:2] not in closed) else (0, None)
             for place, count in zip(starts, counts, strict=True)
         ]
 
