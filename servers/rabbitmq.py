@@ -167,15 +167,19 @@ class RabbitMQ3(Server):
         return f"amqp://{hosts}?replicas=3"
 
     def start(self) -> None:
+        know_names(self, self._epmd)
         cookie = self.folder / "home" / ".erlang.cookie"
-        if not cookie.exists():  # nodes that begin at once would each make one, and the last would count
+        left = self.nodes
+        if not cookie.exists():
+            # Nodes that begin at once would each make a cookie, and those that find nobody a cluster.
             cookie.parent.mkdir(exist_ok=True)
             cookie.write_text("STENTOR")
             cookie.chmod(0o400)
-        know_names(self, self._epmd)
+            self.nodes[0].start()
+            left = self.nodes[1:]
         with ThreadPoolExecutor() as pool:
-            list(pool.map(lambda node: node.start(), self.nodes))
-        self.nodes[0].ctl("await_online_nodes", "3")
+            list(pool.map(lambda node: node.start(), left))
+        self.nodes[0].ctl("await_online_nodes", "3", "--timeout", "120")
 
     def end(self, sign: signal.Signals, patience: float = 30.0) -> None:
         for node in self.nodes:
