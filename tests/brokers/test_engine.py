@@ -13,9 +13,9 @@ from stentor.brokers.log import LogBroker
 from stentor.brokers.log_consumer import Ownership
 from stentor.brokers.storage import Write
 from stentor.connect import connect
-from stentor.errors import Unavailable
+from stentor.errors import LeaseLost, StentorError, Unavailable, UnknownTopic
 from stentor.event import Topic
-from stentor.message import Message, Partition
+from stentor.message import Delivery, Message, Outcome, Partition, Settlement
 from stentor.subscription import Subscription
 from tests.real import brokers, url_of
 
@@ -132,3 +132,88 @@ async def test_what_could_not_be_given_back_is_given_back_again(
             await consumer.close()
         await first.close()
         await second.close()
+
+
+@pytest.mark.parametrize("trouble", [False, True])
+@pytest.mark.parametrize("kind", brokers())
+async def test_an_output_that_is_refused_fails_its_event_only(
+    kind: str,
+    trouble: bool,
+    tmp_path: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Outputs and acks of many events are one step, which the server refuses for one of them (no right, say).
+
+    With trouble, the server goes away once the others are settled one by one: what it has is not stored again.
+    """
+    url = url_of(kind, tmp_path / "x", tmp_path_factory)
+    broker: Any = connect(f"{url}{'&' if '?' in url else '?'}transactions=1" if kind == "kafka" else url)
+    await broker.open()
+    if not broker.features.atomic:
+        await broker.close()
+        pytest.skip("outputs are stored before the acks, each by itself")
+    try:
+        await broker.declare([Topic("t", partitions=4), Topic("out", partitions=4)], [])
+        subscription = Subscription(group="g", topics=("t",))
+        await broker.declare([], [subscription])
+        await broker.publish([message("t", str(n)) for n in range(40)])
+        write, refused, away = broker.write, {"7", "23"}, False
+
+        async def refusing(writes: Sequence[Write]) -> Any:
+            nonlocal away
+            ids = {entry.message.id[1:] for one in writes for entry in one.outputs}
+            if away:
+                raise Unavailable("planned")
+            if ids & refused:
+                raise UnknownTopic("planned")
+            away = trouble and bool(ids)
+            return await write(writes)
+
+        async def settled(consumer: Any, found: list[Delivery]) -> dict[str, StentorError]:
+            acks = [
+                Settlement(one.partition, one.offset, Outcome.ACK, [message("out", f"o{one.message.id}")], {})
+                for one in found
+            ]
+            failures = await consumer.settle(acks)
+            return {failure.settlement.outputs[0].id[1:]: failure.error for failure in failures}
+
+        monkeypatch.setattr(broker, "write", refusing)
+        consumer = await broker.subscribe(subscription, Taker())
+        await consumer.start()
+        failed = await settled(consumer, await some(consumer, 40))
+        if trouble:
+            assert away
+            assert {type(error) for error in failed.values()} == {LeaseLost}
+            away = trouble = False
+        else:
+            assert {id: type(error) for id, error in failed.items()} == dict.fromkeys(refused, UnknownTopic)
+        monkeypatch.setattr(broker, "write", write)
+        await consumer.close()
+        stored = [found.id[1:] async for _, found in broker.browse("out", "earliest", follow=False)]
+        left = {str(n) for n in range(40)} - set(stored)
+        assert refused <= left
+        consumer = await broker.subscribe(subscription, Taker())
+        try:
+            await consumer.start()
+            again = await some(consumer, len(left))
+            assert {delivery.message.id for delivery in again} == left, "what is stored is done, and nothing else"
+            assert await settled(consumer, again) == {}
+        finally:
+            await consumer.close()
+        stored = [found.id[1:] async for _, found in broker.browse("out", "earliest", follow=False)]
+        assert sorted(stored) == sorted(str(n) for n in range(40))
+    finally:
+        await broker.close()
+
+
+def message(topic: str, id: str) -> Message:
+    return Message(id=id, source="s", type="x", topic=topic, data=b"{}", key=id)
+
+
+async def some(consumer: Any, count: int) -> list[Delivery]:
+    found: list[Delivery] = []
+    async with asyncio.timeout(60):
+        while len(found) < count:
+            found += await consumer.fetch(100, 1.0)
+    return found

@@ -37,10 +37,13 @@ def test_each_offset_is_handed_out_until_it_is_settled(steps: list[tuple[int, se
             if (offset := next(read, None)) is not None:
                 assert track.take(offset) == (offset not in settled)
                 held |= {offset} - settled
-        for offset in {2 * end for end in ends} & held:
+        ended = {2 * end for end in ends} & held
+        would = track.with_settled(ended)
+        for offset in ended:
             track.settle(offset)
             held.discard(offset)
             settled.add(offset)
+        assert not ended or would == (track.prefix, {done for done in track.done if done >= track.prefix})
         assert all(offset in settled for offset in log if offset < track.prefix)
         assert {offset for offset in settled if offset >= track.prefix} <= track.done
         if handover:

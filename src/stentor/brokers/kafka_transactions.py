@@ -186,7 +186,11 @@ class Transactions:
         async def send(log: Generation, record: bytes) -> None:
             await self._store(member, [*outputs, (log.topic, 0, record, None)])
 
-        done = await store.carry([(one.space, {**one.changes, HOLD: None}, one.fence) for one in held], send)
+        try:
+            done = await store.carry([(one.space, {**one.changes, HOLD: None}, one.fence) for one in held], send)
+        except Aborted:
+            await asyncio.gather(*(store.write(one.space, {HOLD: None}, one.fence) for one in held))
+            raise
         results = iter(done)
         return [ok and next(results) for ok in stand]
 

@@ -16,7 +16,7 @@ from stentor.broker import FETCH_BYTES, Owner
 from stentor.brokers.heartbeat import members_of
 from stentor.brokers.storage import Entry, Held, ShutOut, Write
 from stentor.brokers.track import Track, quota
-from stentor.errors import LeaseLost, PublishUnknown, StentorError, Unavailable
+from stentor.errors import LeaseLost, PublishUnknown, StentorError, StorageFull, Unavailable
 from stentor.message import Delivery, Failure, Mark, Outcome, Partition, Settlement, new_id
 from stentor.subscription import Subscription
 
@@ -40,13 +40,16 @@ class Place(Struct, array_like=True):
     until: int = 0
 
 
+_NOBODYS_FAULT = (Unavailable, PublishUnknown, StorageFull)
+
 encode = msgspec.msgpack.encode
 decode_ownership = msgspec.msgpack.Decoder(Ownership).decode
 decode_place = msgspec.msgpack.Decoder(Place).decode
 
 
-def _place(track: Track) -> bytes:
-    return encode(Place(track.prefix, sorted(track.done), track.replay, track.replay_until))
+def _place(track: Track, settled: Sequence[int] = ()) -> bytes:
+    prefix, done = track.with_settled(settled) if settled else (track.prefix, track.done)
+    return encode(Place(prefix, sorted(done), track.replay, track.replay_until))
 
 
 def free_owner(offset: int) -> dict[str, bytes | None]:
@@ -307,53 +310,89 @@ class LogConsumer:
     async def _write(
         self, settlements: Sequence[Settlement], outputs: dict[int, list[Entry]], failures: list[Failure]
     ) -> None:
-        """Records and places, a write for each partition that has any."""
+        """Records and places, a write for each partition that has any; with outputs nothing counts before it stands."""
         changes: dict[Partition, dict[str, bytes | None]] = {}
         entries: dict[Partition, list[Entry]] = {}
+        acked: dict[Partition, list[int]] = {}
         for settlement in settlements:
             partition = settlement.partition
             held = self.held.get(partition)
             if held is None:
                 continue  # lost while outputs were stored; told below
             if settlement.outcome is Outcome.ACK:
-                held.track.settle(settlement.offset)
+                if outputs:
+                    acked.setdefault(partition, []).append(settlement.offset)
+                else:
+                    held.track.settle(settlement.offset)
             if settlement.records:
                 changes.setdefault(partition, {}).update(settlement.records)
-            if settlement.outputs and outputs:
+            if id(settlement) in outputs:
                 entries.setdefault(partition, []).extend(outputs[id(settlement)])
-        touched = {settlement.partition for settlement in settlements}
-        written: list[Held] = []
-        writes: list[Write] = []
-        for partition in touched:
-            held = self.held.get(partition)
-            if held is None:
-                continue
+        writes: dict[Partition, Write] = {}
+        for partition in {settlement.partition for settlement in settlements} & self.held.keys():
+            held = self.held[partition]
             change = changes.get(partition, {})
-            if held.track.moved:
-                held.track.moved = False
-                change["!place"] = _place(held.track)
+            if held.track.moved or partition in acked:
+                change["!place"] = _place(held.track, acked.get(partition, ()))
             if change or partition in entries:
-                written.append(held)
-                writes.append(Write(held.space, ("!owner", held.fence), change, entries.get(partition, ())))
-        stood: set[Partition] = set()
-        if writes:
-            try:
-                stands = await self.broker.write(writes)
-            except ShutOut:
-                stands = [False] * len(writes)
-                self.lose(list(self.held.values()))
-            except BaseException:
-                for held in written:
-                    held.track.moved = True
+                writes[partition] = Write(held.space, ("!owner", held.fence), change, entries.get(partition, ()))
+        try:
+            stood = await self._carry(writes, acked)
+        except StentorError as error:
+            if not entries or isinstance(error, _NOBODYS_FAULT):
                 raise
-            stood = {held.partition for held, ok in zip(written, stands, strict=True) if ok}
-            lost = [held for held in written if held.partition not in stood]
-            self.lose([held for held in lost if held.partition in self.held])
+            await self._apart(settlements, outputs, failures, error)
+            return
         failures += [
             Failure(settlement, LeaseLost(f"{settlement.partition!r} was taken over"))
             for settlement in settlements
             if settlement.partition not in stood and settlement.partition not in self.held
         ]
+
+    async def _carry(self, writes: dict[Partition, Write], acked: dict[Partition, list[int]]) -> set[Partition]:
+        """Those of them that stood; the others are lost."""
+        if not writes:
+            return set()
+        written = {partition: self.held[partition] for partition in writes}
+        for held in written.values():
+            held.track.moved = False
+        try:
+            stands = await self.broker.write(list(writes.values()))
+        except ShutOut:
+            stands = [False] * len(writes)
+            self.lose(list(self.held.values()))
+        except BaseException:
+            for held in written.values():
+                held.track.moved = True
+            raise
+        stood = {partition for partition, ok in zip(writes, stands, strict=True) if ok}
+        for partition in stood & acked.keys():
+            track = written[partition].track
+            for offset in acked[partition]:
+                track.settle(offset)
+            track.moved = False
+        self.lose([self.held[partition] for partition in writes if partition not in stood and partition in self.held])
+        return stood
+
+    async def _apart(
+        self,
+        settlements: Sequence[Settlement],
+        outputs: dict[int, list[Entry]],
+        failures: list[Failure],
+        refused: StentorError,
+    ) -> None:
+        """An output of some of these is refused for good: its event fails, the others are settled, in their order."""
+        if len(settlements) == 1:
+            failures.append(Failure(settlements[0], refused))
+            return
+        middle = len(settlements) // 2
+        try:
+            for part in (settlements[:middle], settlements[middle:]):
+                own = {id(settlement) for settlement in part}
+                await self._write(part, {key: made for key, made in outputs.items() if key in own}, failures)
+        except StentorError:  # a part may be stored, so all of it must not be repeated
+            self.lose(list(self.held.values()))
+            failures += [Failure(s, LeaseLost(f"{s.partition!r} was given up")) for s in settlements]
 
     # ---- the journal ------------------------------------------------------------------------------------------------
 

@@ -91,6 +91,12 @@ class Track:
         else:
             self.done.add(offset)
 
+    def with_settled(self, offsets: Iterable[int]) -> tuple[int, set[int]]:
+        """The prefix, and what is done behind it, if these were settled, too."""
+        done = self.done.union(offsets)
+        prefix = next((offset for offset in self.outstanding if offset not in done), self.next)
+        return prefix, {offset for offset in done if offset >= prefix}
+
     def _advance(self) -> None:
         outstanding, done = self.outstanding, self.done
         while outstanding and outstanding[0] in done:
