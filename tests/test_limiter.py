@@ -70,6 +70,29 @@ async def test_a_worker_runs_as_many_handlers_as_a_bounded_pool_can_serve() -> N
         assert worker.running == 0
 
 
+async def test_events_on_their_way_to_a_runner_do_not_fill_the_limit() -> None:
+    """Three events at once are no reason for more than four handlers, though one ends before the others begin."""
+    app = App("shop")
+    left = 0
+    done = asyncio.Event()
+
+    @app.on(Job, group=Group("work", concurrency="auto"))
+    async def work(job: Job) -> None:
+        nonlocal left
+        await asyncio.sleep(0)
+        left -= 1
+        if not left:
+            done.set()
+
+    async with app.running(url="memory://", new_groups=True):
+        for n in range(0, 1500, 3):
+            left = 3
+            done.clear()
+            await app.publish([Job(n=n), Job(n=n + 1), Job(n=n + 2)])
+            await done.wait()
+        assert the_worker(app).most <= FIRST
+
+
 def test_nothing_but_a_number_or_auto() -> None:
     wrong: Any
     for wrong in ("many", 0, 1.5, None, True):

@@ -38,7 +38,7 @@ def allowed(worker: Worker) -> int:
 
 def learn(worker: Worker, limiter: Limiter, began: float) -> None:
     """Let the limiter see a call that began then and has ended; an error at once would say nothing of the load."""
-    limiter.full = limiter.full or bool(worker.ready)
+    limiter.full = limiter.full or (bool(worker.ready) and worker.running >= worker.most)
     limiter.ended(began)
     worker.most = allowed(worker)
     worker.poke()
