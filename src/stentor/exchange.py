@@ -186,11 +186,11 @@ class Exchange:
     async def body(self) -> bytes:
         """All of the body, refused as soon as it is known to be too large or too much beside the others."""
         program, room = self.program, self._room
-        limit, taker = program.limit, program.broker.features.name
+        limit = program.limit
         length = dict(self._scope["headers"]).get(b"content-length", b"")
         announced = int(length) if length.isdigit() and len(length) < 20 else 0
         if announced > limit:
-            raise Refused(413, f"{announced:,} bytes; {taker} takes {limit:,} at most")
+            raise Refused(413, f"{announced:,} bytes; {limit:,} are taken at most")
         chunks = []
         try:
             async with program.clock.timeout(SLOW):
@@ -198,7 +198,7 @@ class Exchange:
                     chunk = await self.read()
                     room.bytes += len(chunk)
                     if self.size > limit:
-                        raise Refused(413, f"over {limit:,} bytes, which {taker} takes at most")
+                        raise Refused(413, f"over {limit:,} bytes, which are taken at most")
                     if room.bytes > BUFFER and room.bytes > self.size:
                         raise Refused(429, f"{BUFFER:,} bytes of other requests are under way; come again", retry=1)
                     chunks.append(chunk)

@@ -67,6 +67,7 @@ async def test_mirror_is_best_effort(fault: Fault, tmp_path: Path) -> None:
         first, mirror = bus.one("shop"), bus.one("store")
         await break_(mirror, fault)
         answers, _ = await publish(client)
+        assert fault != "slow" or len(mirror.accepted) < EVENTS, "nobody waits for a mirror"
         assert {answer.status_code for answer in answers} == {202}, "the publisher never learns of the mirror"
         assert taken(first) == (EVENTS, EVENTS)
         await settled(bus, mirror, MIRRORED[fault])
@@ -96,7 +97,8 @@ async def test_acked_answers_2xx_only_when_all_took_it(fault: Fault, tmp_path: P
                     await asyncio.sleep(0.1)
             assert taken(first)[0] == EVENTS < taken(first)[1], "who had it gets it again: nothing is remembered"
         else:
-            assert not refused or fault == "flapping", "each target is tried again, a few times"
+            # Each target is tried again, four times at most: an event may meet the 503 of one time in two every time.
+            assert len(refused) <= (EVENTS // 2 if fault == "flapping" else 0)
             if fault == "slow":
                 assert took >= SLOW
         assert len(last.accepted) >= EVENTS - len(refused)
@@ -123,6 +125,7 @@ async def test_relay_hands_every_event_to_every_target(fault: Fault, tmp_path: P
         first, last = bus.one("shop"), bus.one("store")
         await break_(last, fault)
         answers, _ = await publish(client)
+        assert fault != "slow" or len(last.accepted) < EVENTS, "nobody waits for a slow target"
         assert {answer.status_code for answer in answers} == {202}, "the relay has it: the publisher need not wait"
         await settled(bus, first, EVENTS)
         if fault == "down":

@@ -141,7 +141,7 @@ def test_avro_by_a_file_or_by_a_registry(tmp_path: Path, registry: Registry) -> 
         avro()
 
 
-def test_protobuf() -> None:
+def test_protobuf(tmp_path: Path) -> None:
     file = descriptor_pb2.FileDescriptorProto(name="order.proto", package="shop", syntax="proto3")
     file.dependency.append("google/protobuf/timestamp.proto")
     kind = file.enum_type.add(name="Kind")
@@ -175,6 +175,19 @@ def test_protobuf() -> None:
     assert protobuf(cls, framed=True)(record(framed + b"\0" + made.SerializeToString()))["number"] == 2**60
     with pytest.raises(InvalidEvent, match="another message"):
         protobuf(cls, framed=True)(record(framed + b"\2\2"))
+
+    described = tmp_path / "order.desc"
+    time = descriptor_pb2.FileDescriptorProto.FromString(timestamp_pb2.DESCRIPTOR.serialized_pb)
+    described.write_bytes(descriptor_pb2.FileDescriptorSet(file=[time, file]).SerializeToString())
+    data = made.SerializeToString()
+    assert protobuf(described, "shop.Order")(record(data)) == protobuf(cls)(record(data))
+    with pytest.raises(ConfigError, match=r"no message 'Order'; it has google\.protobuf\.Timestamp, shop\.Order"):
+        protobuf(described, "Order")
+    with pytest.raises(ConfigError, match=r"order\.proto: No such file"):
+        protobuf("order.proto", "shop.Order")
+    described.write_bytes(b"syntax = proto3")
+    with pytest.raises(ConfigError, match="is no whole set of descriptors"):
+        protobuf(str(described), "shop.Order")
 
 
 @pytest.mark.parametrize("prefix", ["ce_", "cloudEvents:", "cloudEvents_"])
@@ -288,6 +301,16 @@ async def test_a_kafka_topic_is_read_once_over_restarts(
     topic.produce(order(33), partition=0)
     async with running(source(name="late", start="latest"), url=f"sqlite:///{tmp_path}/late.db") as found:
         await until(lambda: [o.number for o in found] == [33])
+    topic.produce(*map(order, range(34, 600)), partition=0)
+    app = App("shop")
+    app.publishes(Order)
+    app.add(source(name="counted"))
+    async with app.running(url="memory://", new_groups=True) as program:
+        [counts] = [one.counts for group in program.groups.values() for one in group.sources]
+        await until(lambda: counts.events == 600)
+        await until(lambda: counts.lag == 0)
+        topic.produce(order(600), partition=0)
+        await until(lambda: counts.events == 601)
 
 
 @pytest.mark.slow

@@ -115,6 +115,28 @@ async def test_a_cursor_is_followed_at_once_and_kept_over_a_restart(tmp_path: Pa
             assert asked[0] == "10"
 
 
+async def test_the_pages_of_a_cursor_are_asked_for_at_a_rate(monkeypatch: pytest.MonkeyPatch) -> None:
+    waits: list[float] = []
+
+    async def sleep(delay: float) -> None:
+        waits.append(delay)
+        await asyncio.sleep(0)
+
+    async def answer(request: web.Request) -> web.Response:
+        start = int(request.query.get("after", 0))
+        page = list(range(start + 1, min(start + 3, 10) + 1))
+        return web.json_response({"items": [{"number": n} for n in page], "next": page[-1]})
+
+    async with api(answer) as url:
+        source = HttpPoll(url, to=Order, every="1h", items="items", id="number", cursor=("after", "next"), rate="20/s")
+        monkeypatch.setattr(polling, "asyncio", SimpleNamespace(sleep=sleep))
+        async with running(source) as found:
+            await until(lambda: len(found) >= 3 and waits)
+    assert waits[0] == 0.05
+    with pytest.raises(DefinitionError, match="source http: rate"):
+        HttpPoll(url, to=Order, rate="often")
+
+
 async def test_items_without_an_id_come_when_they_change() -> None:
     order = {"number": 1, "paid": False}
 

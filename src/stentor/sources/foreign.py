@@ -179,11 +179,14 @@ class _Registry:
             raise Unavailable(f"{self._url} does not tell schema {number}: {error}") from None
 
 
-def protobuf(cls: type[ProtobufMessage], *, framed: bool = False) -> Decode:
-    """Protobuf for ``decode=``: the fields of a generated class by their names, enumerations as their names.
+def protobuf(schema: type[ProtobufMessage] | Path | str, message: str = "", *, framed: bool = False) -> Decode:
+    """Protobuf for ``decode=``: the fields of a message by their names, enumerations as their names.
 
-    ``framed``: a schema registry's framing precedes each payload; the first message of the schema is read.
+    ``schema``: a generated class, or the file that ``protoc --include_imports --descriptor_set_out=FILE`` makes, of
+    whose messages ``message`` names one, as ``shop.Order``. ``framed``: a schema registry's framing precedes each
+    payload; the first message of the schema is read. Raises ConfigError.
     """
+    cls = schema if isinstance(schema, type) else _described(Path(schema), message)
 
     def decode(record: Record) -> Any:
         data = record.data
@@ -195,6 +198,30 @@ def protobuf(cls: type[ProtobufMessage], *, framed: bool = False) -> Decode:
         return _fields(cls.FromString(data))
 
     return decode
+
+
+def _described(path: Path, message: str) -> type[ProtobufMessage]:
+    """The class of a message in a file of descriptors."""
+    from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
+    from google.protobuf.message import DecodeError
+
+    pool = descriptor_pool.DescriptorPool()
+    try:
+        files = descriptor_pb2.FileDescriptorSet.FromString(path.read_bytes()).file
+        for file in files:
+            pool.Add(file)
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}") from None
+    except (DecodeError, TypeError):
+        raise ConfigError(
+            f"{path} is no whole set of descriptors, as protoc --include_imports --descriptor_set_out={path.name} makes"
+        ) from None
+    try:
+        return message_factory.GetMessageClass(pool.FindMessageTypeByName(message))  # type: ignore[no-any-return]
+    except KeyError:
+        prefixes = ((f"{file.package}." if file.package else "", file.message_type) for file in files)
+        known = ", ".join(prefix + one.name for prefix, types in prefixes for one in types)
+        raise ConfigError(f"{path} has no message {message!r}; it has {known or 'none'}") from None
 
 
 def _fields(message: ProtobufMessage) -> Any:

@@ -97,6 +97,7 @@ class KafkaTopic(Foreign):
                     place[str(partition)] = offset + 1
                 named = [(f"{partition}-{offset}", record) for partition, offset, record in records]
                 await self.take(publish, named, position=place)
+            publish.counts.lag = await reading.call(reading.behind, place)
 
 
 class _Reading(Apart):
@@ -130,6 +131,16 @@ class _Reading(Apart):
             self._consumer.incremental_assign(added)
             self._begun |= {cell.partition for cell in added}
         return place
+
+    def behind(self, place: dict[str, int]) -> int:
+        """How many messages wait, as far as the last answers of the server told."""
+        from confluent_kafka import TopicPartition
+
+        ends = {
+            partition: self._consumer.get_watermark_offsets(TopicPartition(self._topic, partition), cached=True)[1]
+            for partition in self._begun
+        }
+        return sum(max(0, end - place[str(partition)]) for partition, end in ends.items())
 
     def take(self) -> tuple[list[tuple[int, int, Record]], dict[int, int]]:
         """What comes within a while, and the offsets that are no more. Raises KafkaException."""

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 from msgspec import Struct, field
 
-from stentor.clock import Duration, iso, seconds
+from stentor.clock import Duration, iso, per_second, seconds
 from stentor.errors import ConfigError, DefinitionError, StentorError
 from stentor.event import EventLike
 from stentor.source import Publish, Row
@@ -103,7 +103,8 @@ class HttpPoll(Polling):
     ``items``: where in the answer the list is, its names joined by dots; none: the answer is the list, or the one item.
     ``id``: where in an item its id is; none: an item is known by its content, and comes again when that changes.
     ``cursor``: ``("since", "meta.next")``: the query parameter, and where in the answer its next value is; as long as
-    that changes and items come it asks on at once. ``headers``: of each request; a function is asked each time.
+    that changes and items come it asks on, at ``rate`` (``"10/s"``) or at once. ``headers``: of each request; a
+    function is asked each time.
 
     An answer is asked for only if it changed (ETag, Last-Modified). 429 and 503 are asked again when ``Retry-After``
     says so, other failures ever later.
@@ -122,6 +123,7 @@ class HttpPoll(Polling):
         items: str = "",
         id: str = "",
         cursor: tuple[str, str] | None = None,
+        rate: str | None = None,
         headers: Mapping[str, str] | Callable[[], Mapping[str, str]] | None = None,
         timeout: Duration = "30s",
     ) -> None:
@@ -136,15 +138,19 @@ class HttpPoll(Polling):
         self._items = items
         self._id = id
         self._cursor = cursor
+        self._pause = 0.0 if rate is None else 1 / per_second(rate, f"source {name}: rate")
         self._headers = headers
         self._timeout = seconds(timeout, f"source {name}: timeout")
 
     async def ask(self, publish: Publish) -> None:
         """Ask once, and as long as the cursor moves on."""
-        while await self._ask(publish):
-            pass
+        import aiohttp
 
-    async def _ask(self, publish: Publish) -> bool:
+        async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(self._timeout)) as session:
+            while await self._ask(publish, session):  # noqa: ASYNC110
+                await asyncio.sleep(self._pause)
+
+    async def _ask(self, publish: Publish, session: aiohttp.ClientSession) -> bool:
         import aiohttp
 
         heard = msgspec.convert(publish.position or {}, Heard)
@@ -155,10 +161,7 @@ class HttpPoll(Polling):
             headers["If-Modified-Since"] = heard.modified
         query = {self._cursor[0]: heard.cursor} if self._cursor is not None and heard.cursor else {}
         try:
-            async with (
-                aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(self._timeout)) as session,
-                session.get(self._url, params=query, headers=headers) as answer,
-            ):
+            async with session.get(self._url, params=query, headers=headers) as answer:
                 if answer.status == 304:
                     return False
                 if answer.status != 200:

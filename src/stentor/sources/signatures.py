@@ -11,6 +11,7 @@ import base64
 import binascii
 import hashlib
 import hmac
+import logging
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -21,6 +22,7 @@ from stentor.errors import ConfigError
 from stentor.exchange import Refused
 
 Headers = Mapping[str, str]
+log = logging.getLogger("stentor.webhook")
 MOST = 16
 """Signatures of a request that are looked at."""
 
@@ -146,19 +148,27 @@ class Scheme:
 
     def check(self, headers: Headers, body: bytes, now: float) -> None:
         """Raises Refused with 401 unless one of the secrets signed the request, within the tolerance of ``now``."""
+        if wrong := self._wrong(headers, body, now):
+            # Who cannot sign learns nothing, and floods no log: who looks for the reason asks for DEBUG.
+            log.debug("%s: a request is refused: %s", self.name, wrong)
+            raise Refused(401, "the request is not signed as it must be")
+
+    def _wrong(self, headers: Headers, body: bytes, now: float) -> str:
+        """What is wrong with a signature, or ""."""
         try:
             signed = self._read(headers, body)
             made = None if signed.time is None else int(signed.time[:12])
         except (KeyError, ValueError):
-            raise Refused(401, "the signature is missing or malformed") from None
+            return "the signature is missing or malformed"
         good = False
         for key in self._keys():
             for version, signature in signed.signatures[:MOST]:
                 good |= version == key.version and key.verifies(signed.content, signature)
         if not good:
-            raise Refused(401, "the signature is wrong")
+            return "the signature is wrong"
         if made is not None and abs(now - made) > self._tolerance:
-            raise Refused(401, "the signature is too old, or from the future")
+            return f"the signature is {abs(now - made):.0f} s {'old' if made < now else 'in the future'}"
+        return ""
 
     def names(self, headers: Headers, payload: Any) -> tuple[str | None, str | None]:
         """The id of the delivery, which a repetition has again, and the name of what happened."""
