@@ -1,6 +1,6 @@
 """``concurrency="auto"`` beside fixed settings: a handler that needs one of so many places for 10 ms.
 
-The places are connections of PostgreSQL, whose test server has 100 in all, or those of an HTTP service.
+The places are connections of PostgreSQL, or those of an HTTP service.
 
 The app runs on the memory broker with events always waiting, for some seconds; the last ones count. ``simulated`` sends
 the limiter through six kinds of services that change (``limiter_model.py``).
@@ -23,9 +23,9 @@ from benchmarks.limiter_model import KINDS, high, phases
 from benchmarks.measure import Bar, Case, Figures, Results, Row
 from benchmarks.postgresql_peers import server
 
-PLACES = {"4": 4, "20": 20, "80": 80, "http": 20}
+PLACES = {"4": 4, "20": 20, "100": 100, "http": 20}
 """By name, in PostgreSQL unless it says otherwise."""
-FIXED = (2, 4, 6, 8, 16, 20, 24, 32, 48, 64, 80, 96, 128)
+FIXED = (2, 4, 6, 8, 16, 20, 24, 32, 48, 64, 80, 100, 128, 160)
 WARM, COUNTED = 5.0, 4.0
 SLEEP = "SELECT pg_sleep(0.010)"
 _places = asyncio.Semaphore(PLACES["http"])

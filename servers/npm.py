@@ -10,6 +10,8 @@ from servers import CACHE, Missing, locked
 
 PAYLOADS = "@octokit/webhooks-examples@7.6.1"
 """A payload or more of each event of GitHub, as it sends them."""
+ASYNCAPI = "@asyncapi/specs@6.11.1"
+"""The JSON Schemas of AsyncAPI documents."""
 PLAYWRIGHT = "playwright-core@1.64.1"
 """Drives a browser that is there already."""
 

@@ -31,6 +31,7 @@ SECTIONS = {
         "top": "Show what running programs do now: arrivals, throughput, how busy, how long.",
         "dead": "List, show, redrive or drop dead letters.",
         "doctor": "Find what weakens durability, or stands in the way.",
+        "docs": "Write an AsyncAPI document and a picture of services, or tell what changed.",
     },
     "Plan": {
         "capacity": "Predict throughput and latency, and how many workers a load needs.",

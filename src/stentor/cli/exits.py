@@ -20,7 +20,7 @@ INTERRUPTED = 130
 
 EXIT_CODES = {
     OK: "done",
-    FAILED: "it ran and failed: a worker stopped by itself, an event was refused, doctor found a fault",
+    FAILED: "it ran and failed: a worker stopped by itself, an event was refused, doctor or docs --diff found a fault",
     USAGE: "wrong use of the command line",
     DEFINITION: "the app cannot be loaded, or it, the broker URL or a setting cannot work",
     BROKER: "the broker cannot be reached or used",
