@@ -31,7 +31,7 @@ def docs(
     ctx: click.Context, apps: tuple[str, ...], out: Path | None, diff: Path | None, config: Path | None, version: str,
     url: str | None,
 ) -> None:  # fmt: skip
-    """Write an AsyncAPI document and a page with a picture of services, or tell what changed in their events.
+    """Write an AsyncAPI document and a picture of services, or tell what changed.
 
     --diff compares with a document of before, and exits with 1 when a change breaks those who read or wrote events
     then: a field that is gone or of another type, another key or topic.
