@@ -10,11 +10,44 @@ from typing import Any, NamedTuple, TypeVar
 from urllib.parse import parse_qsl, unquote, urlsplit
 
 from stentor.broker import Broker
-from stentor.clock import Clock, SystemClock
-from stentor.errors import ConfigError
+from stentor.clock import Clock, SystemClock, seconds
+from stentor.errors import ConfigError, DefinitionError
 from stentor.event import check_name
 
 T = TypeVar("T")
+
+
+def switch(text: str) -> bool:
+    """An option that is on or off."""
+    if text not in ("1", "0"):
+        raise ValueError("write 1 or 0")
+    return text == "1"
+
+
+def count(text: str) -> int:
+    """An option that is a number of things, of which there is one at least."""
+    if (number := int(text)) < 1:
+        raise ValueError("at least 1")
+    return number
+
+
+def duration(text: str) -> float:
+    """An option that is a duration, in seconds."""
+    try:
+        return seconds(text)
+    except DefinitionError as error:
+        raise ValueError(str(error)) from None
+
+
+def one_of(*words: str) -> Callable[[str], Any]:
+    """An option that is one of a few words."""
+
+    def parse(text: str) -> str:
+        if text not in words:
+            raise ValueError(f"write {' or '.join(words)}")
+        return text
+
+    return parse
 
 
 class Address(NamedTuple):

@@ -1,5 +1,7 @@
-"""The files that a broker's URL names for TLS: what is wrong with them is said before anybody connects."""
+"""The options of a broker's URL for TLS: what is wrong with them is said before anybody connects."""
 
+import asyncio
+import contextlib
 from pathlib import Path
 
 import pytest
@@ -8,8 +10,8 @@ from servers import Missing
 from servers.tls import certificates
 from stentor.brokers.trust import refused
 from stentor.connect import connect
-from stentor.errors import AuthenticationFailed, ConfigError
-from tests.real import unavailable
+from stentor.errors import AuthenticationFailed, ConfigError, Unavailable
+from tests.real import brokers, server_url, unavailable
 
 URLS = [
     "redis://h?tls=1", "rediss://h?", "amqps://h?", "amqp://h?tls=1", "kafka://h?tls=1", "nats://h?tls=1",
@@ -59,6 +61,67 @@ def test_files_without_tls_are_a_mistake(url: str, files: Path) -> None:
 def test_a_key_without_a_certificate_is_a_mistake(url: str, files: Path) -> None:
     with pytest.raises(ConfigError, match="a key without cert"):
         connect(f"{url}&key={files}/client.key")
+
+
+@pytest.mark.parametrize("url", [url.rstrip("?1").removesuffix("tls=").rstrip("?") for url in URLS])
+def test_tls_is_on_or_off(url: str) -> None:
+    """What somebody means by "maybe" nobody can know: it is neither taken for yes nor for no."""
+    for text in ("0", "1"):
+        connect(f"{url}?tls={text}")
+    for text in ("maybe", "true", "2", ""):
+        with pytest.raises(ConfigError, match=f"option tls='{text}': write 1 or 0"):
+            connect(f"{url}?tls={text}")
+
+
+async def greeted(url: str, greeting: bytes) -> tuple[bytes, Exception]:
+    """What a server that greets and then is silent gets from a broker of the URL, and how its ``open`` ends."""
+    got = bytearray()
+    served = []
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(greeting)
+        served.append(asyncio.current_task())
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(1):
+                got.extend(await reader.read(4096))
+        writer.close()
+
+    async with await asyncio.start_server(serve, "127.0.0.1", 0) as server:
+        broker = connect(url.format(port=server.sockets[0].getsockname()[1]))
+        async with asyncio.timeout(30):
+            with pytest.raises((AuthenticationFailed, Unavailable)) as caught:
+                await broker.open()
+            await asyncio.gather(*filter(None, served))
+    return bytes(got), caught.value
+
+
+@pytest.mark.parametrize(
+    "more", ["", "&ca={files}/ca.pem", "&ca={files}/ca.pem&cert={files}/client.pem&key={files}/client.key"]
+)
+async def test_nats_says_nothing_in_clear(more: str, files: Path) -> None:
+    """Whether there is TLS is not for the server to say: it would get the password, and whoever plays it, too."""
+    info = b'INFO {"server_id":"x","version":"2.15.1","headers":true,"auth_required":true,"max_payload":1048576}\r\n'
+    got, error = await greeted(f"nats://user:pass-word@127.0.0.1:{{port}}?tls=1{more.format(files=files)}", info)
+    assert got == b""
+    assert isinstance(error, AuthenticationFailed)
+    assert str(error).endswith("speaks no TLS there, and the URL asks for it")
+    got, error = await greeted("nats://user:pass-word@127.0.0.1:{port}", info)
+    assert b"pass-word" in got, "else the test shows nothing"
+
+
+@pytest.mark.slow
+@pytest.mark.server
+@pytest.mark.parametrize("kind", brokers())
+async def test_a_server_without_tls_is_told_nothing(kind: str, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """``tls=1`` and a server that has none, or one of its own authority: one line says so."""
+    url = server_url(kind, tmp_path_factory)
+    address = url.partition("://")[2].rpartition("@")[2]
+    broker = connect(f"{url.partition('://')[0]}://user:pass-word@{address}{'&' if '?' in url else '?'}tls=1")
+    others = {"rocketmq": "certificate", "kafka": "PLAINTEXT broker listener", "redis": "Timeout"}
+    said = others.get(kind, "(?i)no TLS|support SSL")
+    with pytest.raises((AuthenticationFailed, Unavailable), match=said) as caught:
+        await broker.open()
+    assert "\n" not in str(caught.value)
 
 
 def test_whose_certificate_is_refused_is_said() -> None:

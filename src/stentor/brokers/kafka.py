@@ -33,7 +33,7 @@ from stentor.brokers.storage import Entry, ShutOut, Stored, Write
 from stentor.brokers.trust import refused, refuses_certificate, trust
 from stentor.brokers.wire import CONTENT_TYPE, unpack
 from stentor.clock import Clock
-from stentor.connect import BrokerUrl
+from stentor.connect import BrokerUrl, count, switch
 from stentor.errors import (
     AuthenticationFailed,
     BrokerError,
@@ -100,13 +100,6 @@ def _end(part: list[Any]) -> None:
     part.clear()
 
 
-def _number(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise ValueError("at least 1")
-    return number
-
-
 class KafkaBroker(LogStateBroker):
     """``kafka://[user:password@]host[:9092][,another]``. Kafka 3.9 or newer.
 
@@ -120,11 +113,11 @@ class KafkaBroker(LogStateBroker):
     def __init__(self, url: BrokerUrl, clock: Clock) -> None:
         super().__init__(url, clock)
         self.tls = tls = trust(url, 9092)
-        self._replicas = url.option("replicas", 0, _number)
+        self._replicas = url.option("replicas", 0, count)
         self._flush_each = url.option("flush", -1, int)
         self._settings = client_settings(url, tls)
         self.features = Features(
-            name="kafka", durable="host", shared=True, atomic=bool(url.option("transactions", 0, int)), dedupe=False,
+            name="kafka", durable="host", shared=True, atomic=url.option("transactions", False, switch), dedupe=False,
             replay=True, cancel=True, browse=True, one_order=False,
         )  # fmt: skip
         self._largest = self.features.max_bytes + 64 * 1024

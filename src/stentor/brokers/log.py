@@ -35,10 +35,9 @@ from stentor.brokers.storage import DUPLICATE, UNPLACED, Entry, GroupRecord, Rea
 from stentor.brokers.trust import Trust, refused
 from stentor.brokers.wire import pack, pack_delayed
 from stentor.clock import Clock, seconds
-from stentor.connect import BrokerUrl
+from stentor.connect import BrokerUrl, duration
 from stentor.errors import (
     BrokerError,
-    DefinitionError,
     PublishUnknown,
     StentorError,
     TooLarge,
@@ -66,13 +65,6 @@ _topic = msgspec.msgpack.Decoder(TopicRecord).decode
 _group = msgspec.msgpack.Decoder(GroupRecord).decode
 
 
-def _duration(text: str) -> float:
-    try:
-        return seconds(text)
-    except DefinitionError as error:
-        raise ValueError(str(error)) from None
-
-
 class LogBroker:
     """A broker made of the primitives of a server.
 
@@ -92,7 +84,7 @@ class LogBroker:
         self.prefix = url.namespace
         self.lease = url.option("lease", 10.0, float)
         self.beat = url.option("beat", 2.5, float)
-        self.retention = url.option("retention", 7 * 86400.0, _duration)
+        self.retention = url.option("retention", 7 * 86400.0, duration)
         self._partitions = url.option("partitions", 0, int)
         self.closed = True
         self.consumers: list[LogConsumer] = []

@@ -28,7 +28,7 @@ from stentor.brokers.storage import Entry, Stored
 from stentor.brokers.trust import refused, refuses_certificate, trust
 from stentor.brokers.wire import unpack
 from stentor.clock import Clock
-from stentor.connect import BrokerUrl
+from stentor.connect import BrokerUrl, one_of
 from stentor.errors import AuthenticationFailed, ConfigError, PublishUnknown, StentorError, Unavailable, UnknownTopic
 from stentor.message import new_id
 
@@ -48,12 +48,6 @@ _EXISTS = {10058}
 _LIMITS = ("max_age", "max_msgs", "max_bytes", "max_msgs_per_subject")
 _OVERLAPS = {10065}
 _NO_MESSAGE = {10037}
-
-
-def _durable(text: str) -> str:
-    if text not in ("process", "host"):
-        raise ValueError("process or host")
-    return text
 
 
 def _moment(text: str) -> float:
@@ -76,7 +70,7 @@ class NatsBroker(LogStateBroker):
         self.tls = tls = trust(url, 4222, greeted=True)
         creds = url.option("creds", "")
         self._replicas = url.option("replicas", 1, int)
-        durable: Any = url.option("durable", "process", _durable)
+        durable: Any = url.option("durable", "process", one_of("process", "host"))
         self._options: dict[str, Any] = {"servers": [f"nats://{server}" for server in url.addresses(4222)]}
         if url.user:
             self._options |= {"user": url.user, "password": url.password or ""}

@@ -18,8 +18,10 @@ import nats.errors
 from nats.aio.client import Client
 from nats.aio.msg import Msg
 from nats.aio.subscription import Subscription
+from nats.aio.transport import TcpTransport
 
 from stentor.brokers.log_state import Feed, Read
+from stentor.brokers.trust import PLAIN
 from stentor.errors import BrokerError, StentorError, StorageFull, TooLarge, Unavailable, UnknownTopic
 from stentor.message import new_id
 
@@ -92,6 +94,19 @@ class Place(NamedTuple):
         return cls(int(parts[at]), int(parts[at + 1]), int(parts[at + 2]) / 1e9, int(parts[at + 3]))
 
 
+class Speaker(Client):
+    """The library's client goes by the server's word whether there is TLS: this one logs in to nobody without it."""
+
+    def _connect_command(self) -> bytes:
+        assert isinstance(self._transport, TcpTransport)
+        writer = self._transport._io_writer
+        assert writer is not None
+        if "tls" in self.options and writer.get_extra_info("ssl_object") is None:
+            writer.close()
+            raise nats.errors.Error(PLAIN)
+        return super()._connect_command()
+
+
 class Link:
     """A connection. Its answers come to one inbox; when it is lost, all that wait are told."""
 
@@ -101,7 +116,7 @@ class Link:
         self._inbox = f"_INBOX.{new_id()}"
         self._listeners: dict[int, Callable[[Msg | None], None]] = {}
         self._count = count()
-        self.nc = Client()
+        self.nc: Client = Speaker()
         self.on_lost: list[Callable[[], None]] = []
         self.trouble = ""
         self._opened = False

@@ -25,7 +25,7 @@ from stentor.brokers.storage import DUPLICATE, Entry, Held, Stored, Write
 from stentor.brokers.trust import refused, refuses_certificate, trust
 from stentor.brokers.wire import pack_delayed, unpack, unpack_delayed, unpack_waiting
 from stentor.clock import Clock
-from stentor.connect import BrokerUrl
+from stentor.connect import BrokerUrl, one_of
 from stentor.errors import (
     AuthenticationFailed,
     BrokerError,
@@ -141,12 +141,6 @@ return 1
 )
 
 
-def _durable(text: str) -> Durable:
-    if text not in ("host", "process"):
-        raise ValueError("write host or process")
-    return "host" if text == "host" else "process"
-
-
 def _error(error: Exception, broker: object) -> StentorError:
     """What an error of the client is in Stentor's tree."""
     text = str(error).splitlines()[0] if str(error) else type(error).__name__
@@ -195,7 +189,7 @@ class RedisBroker(LogBroker):
                 "ssl": True, "ssl_cert_reqs": ssl.CERT_REQUIRED, "ssl_check_hostname": True,
                 "ssl_ca_certs": tls.ca or None, "ssl_certfile": tls.cert or None, "ssl_keyfile": tls.key or None,
             }  # fmt: skip
-        durable: Durable = url.option("durable", "host", _durable)
+        durable: Durable = url.option("durable", "host", one_of("host", "process"))
         self._wanted = {"maxmemory-policy": "noeviction"}
         if durable == "host":
             self._wanted |= {"appendonly": "yes", "appendfsync": "always"}

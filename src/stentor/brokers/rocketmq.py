@@ -17,7 +17,7 @@ from typing import Any
 
 import msgspec
 
-from stentor.broker import Features, Finding
+from stentor.broker import Durable, Features, Finding
 from stentor.brokers import findings
 from stentor.brokers.log_state import Feed, LogStateBroker, Read, Removed, encode_lease
 from stentor.brokers.rocketmq_remoting import (
@@ -54,7 +54,7 @@ from stentor.brokers.storage import Entry, Stored
 from stentor.brokers.trust import trust
 from stentor.brokers.wire import unpack
 from stentor.clock import Clock
-from stentor.connect import BrokerUrl
+from stentor.connect import BrokerUrl, one_of
 from stentor.errors import BrokerError, ConfigError, PublishUnknown, StentorError, Unavailable, UnknownTopic
 
 SEND_BYTES = 1024 * 1024
@@ -94,11 +94,9 @@ class RocketMQBroker(LogStateBroker):
         self.tls = trust(url, 9876)
         self.context = self.tls.context if self.tls else None
         self.signer = Signer(url.user, url.password or "") if url.user else None
-        durable = url.option("durable", "host")
-        if durable not in ("host", "process"):
-            raise ConfigError(f"{self}: option durable is host or process")
+        durable: Durable = url.option("durable", "host", one_of("host", "process"))
         self.features = Features(
-            name="rocketmq", durable=durable, shared=True, atomic=False, dedupe=False, replay=True, cancel=True,  # type: ignore[arg-type]
+            name="rocketmq", durable=durable, shared=True, atomic=False, dedupe=False, replay=True, cancel=True,
             browse=True, max_bytes=SEND_BYTES, one_order=False,
         )  # fmt: skip
         self._links: dict[str, asyncio.Task[Link]] = {}

@@ -20,16 +20,8 @@ from stentor.brokers.sqlite_consumer import SqliteConsumer
 from stentor.brokers.sqlite_file import Row, SqliteFile, Tx, alive, host_id
 from stentor.brokers.sqlite_rows import PAGE, SLOTS, encode_head, make_message, offset
 from stentor.clock import Clock, seconds
-from stentor.connect import BrokerUrl
-from stentor.errors import (
-    BrokerError,
-    ConfigError,
-    DefinitionError,
-    PublishUnknown,
-    StentorError,
-    UnknownGroup,
-    UnknownTopic,
-)
+from stentor.connect import BrokerUrl, duration, one_of
+from stentor.errors import BrokerError, ConfigError, PublishUnknown, StentorError, UnknownGroup, UnknownTopic
 from stentor.event import Topic
 from stentor.message import Message, Receipt
 from stentor.subscription import Slots, Subscription
@@ -38,19 +30,6 @@ SEEN = 7 * 86400.0
 HOUSEKEEPING = 5.0
 STEP = 2000
 """Rows that one housekeeping transaction deletes at most."""
-
-
-def _duration(text: str) -> float:
-    try:
-        return seconds(text)
-    except DefinitionError as error:
-        raise ValueError(str(error)) from None
-
-
-def _flag(text: str) -> str:
-    if text not in ("full", "normal"):
-        raise ValueError('expected "full" or "normal"')
-    return text
 
 
 class SqliteBroker:
@@ -73,10 +52,10 @@ class SqliteBroker:
         self.path = Path(name).absolute()
         self._clock = clock
         self._prefix = url.namespace
-        synchronous = url.option("synchronous", "full", _flag)
+        synchronous = url.option("synchronous", "full", one_of("full", "normal"))
         self.lease = url.option("lease", 10.0, float)
         beat = url.option("beat", 2.5, float)
-        self._retention = url.option("retention", 7 * 86400.0, _duration)
+        self._retention = url.option("retention", 7 * 86400.0, duration)
         self._limit = url.option("max_bytes", 0, int)
         self.features = Features(
             name="sqlite", durable="host" if synchronous == "full" else "process", shared=True, atomic=True,

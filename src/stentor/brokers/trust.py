@@ -7,10 +7,13 @@ import ssl
 
 from msgspec import Struct
 
-from stentor.connect import Address, BrokerUrl
+from stentor.connect import Address, BrokerUrl, switch
 from stentor.errors import AuthenticationFailed, ConfigError
 
-_ALERTS = ("certificate", "unknown ca", "unknown_ca")
+PLAIN = "speaks no TLS there, and the URL asks for it"
+
+_NO_TLS = ("wrong version number", "wrong_version_number", "no tls")
+_ALERTS = ("certificate", "unknown ca", "unknown_ca", *_NO_TLS)
 
 
 class Trust(Struct, frozen=True):
@@ -55,7 +58,7 @@ def trust(url: BrokerUrl, port: int, *, secure: bool = False, greeted: bool = Fa
     Raises ConfigError where a file cannot be used, or is named and there is no TLS.
     """
     ca, cert, key = (url.option(name, "") for name in ("ca", "cert", "key"))
-    if url.option("tls", "") in ("", "0") and not secure:
+    if not url.option("tls", False, switch) and not secure:
         if ca or cert or key:
             raise ConfigError(f"{url}: ca, cert and key are for TLS: write tls=1 too")
         return None
@@ -72,13 +75,15 @@ def trust(url: BrokerUrl, port: int, *, secure: bool = False, greeted: bool = Fa
 
 
 def refuses_certificate(text: str) -> bool:
-    """Whether an error of a connection is about a certificate, ours or the server's."""
+    """Whether an error of a connection is about a certificate, ours or the server's, or about there being no TLS."""
     return any(alert in text.lower() for alert in _ALERTS)
 
 
 def refused(broker: object, text: str) -> AuthenticationFailed:
-    """That a certificate is not accepted: trying again does not help."""
+    """That a certificate is not accepted, or there is no TLS: trying again does not help."""
     text = " ".join(text.split())
+    if any(word in text.lower() for word in _NO_TLS):
+        return AuthenticationFailed(f"{broker} {PLAIN}")
     if "alert" in text.lower() or "client certificate" in text:
         return AuthenticationFailed(f"{broker} takes no client without a certificate that it accepts: {text}")
     return AuthenticationFailed(f"{broker} has a certificate that is not accepted here: {text}")
