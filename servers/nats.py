@@ -109,7 +109,9 @@ class Nats3(Nats):
 
     name = "nats3"
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, secure: bool = False) -> None:
+        if secure:
+            raise Missing(f"{self.name} has no secure kind")
         super().__init__(folder)
         self._ports = [(free_port(), free_port(), free_port()) for _ in range(3)]
         """Of each node: that of clients, of the other nodes, of who looks after it."""

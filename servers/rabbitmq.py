@@ -146,7 +146,9 @@ class RabbitMQ3(Server):
 
     name = "rabbitmq3"
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, secure: bool = False) -> None:
+        if secure:
+            raise Missing(f"{self.name} has no secure kind")
         super().__init__(folder)
         self._epmd = free_port()
         self.nodes = [RabbitMQ(folder / f"node{number}", names=self._epmd) for number in range(3)]
