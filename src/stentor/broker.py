@@ -9,7 +9,7 @@ Retry, delay between attempts, dead letters, redrive and cron are built on these
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterable, Sequence
 from datetime import datetime
 from typing import Literal, Protocol
 
@@ -239,6 +239,11 @@ class Broker(Protocol):
 
 
 _LEVEL: dict[Durable, int] = {"process": 0, "host": 1, "replica": 2}
+
+
+def weakest(levels: Iterable[Durable]) -> Durable:
+    """The lowest of some durability levels."""
+    return min(levels, key=_LEVEL.__getitem__)
 
 
 def weaker(has: Durable, wants: Durable) -> bool:

@@ -79,16 +79,13 @@ class Program:
         self.others: Callable[[], Awaitable[list[dict[str, Any]] | None]] | None = None
         """Asks for them: worker, state (ready, starting, stopping, silent) and figures of each."""
         self._on_fatal: Callable[[BaseException], None] | None = None
-        if durable is not None and weaker(self.broker.features.durable, durable):
-            raise ConfigError(
-                f"the app demands durable={durable!r}, but {self.broker.features.name} gives "
-                f"{self.broker.features.durable!r}; choose another broker or setting, or lower the demand"
-            )
+        self._durable = durable
 
     async def open(self, *, on_fatal: Callable[[BaseException], None] | None = None, new_groups: bool = False) -> None:
         """Connect and declare, after a look at the handlers.
 
-        Raises DefinitionError (nothing is declared then), GroupsChanged, Unsupported or a BrokerError.
+        Raises DefinitionError (nothing is declared then), ConfigError (the broker is weaker than the app demands),
+        GroupsChanged, Unsupported or a BrokerError.
         """
         self._on_fatal = on_fatal
         self.runtime = Runtime(self._app, self.encode, self._fatal, self.declare_new, asyncio.get_running_loop())
@@ -99,11 +96,24 @@ class Program:
         if self._owns_broker:
             await self.broker.open()
         try:
+            self._check_durable()
             await self._declare(new_groups)
         except BaseException:
             if self._owns_broker:
                 await self.broker.close()
             raise
+
+    def _check_durable(self) -> None:
+        """Some brokers learn what an event survives: from the server, as they open, and of the topics, as they declare.
+
+        Raises ConfigError where that is less than the app demands.
+        """
+        has = self.broker.features.durable
+        if self._durable is not None and weaker(has, self._durable):
+            raise ConfigError(
+                f"the app demands durable={self._durable!r}, but {self.broker.features.name} gives {has!r}; choose "
+                f"another broker or setting, or lower the demand"
+            )
 
     def _fatal(self, error: BaseException) -> None:
         if self.failure is None:
@@ -147,6 +157,7 @@ class Program:
         await self._rename(await self.broker.admin.groups(), new_groups)
         persistent = [s for s in self._subscriptions.values() if not s.instance]
         await self.broker.declare(list(topics.values()), [s for s in persistent if s.topics])
+        self._check_durable()
         self._declared.update(topics)
 
     async def _rename(self, existing: Sequence[GroupInfo], new_groups: bool) -> None:
@@ -192,6 +203,7 @@ class Program:
         """Declare the topics of classes that were first met at a publish."""
         topics = dict(self.runtime.undeclared)
         await self.broker.declare(list(topics.values()), [])
+        self._check_durable()
         self._declared.update(topics)
         for name in topics:
             self.runtime.undeclared.pop(name, None)

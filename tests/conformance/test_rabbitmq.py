@@ -29,13 +29,13 @@ class RabbitMQ:
     ) -> AsyncIterator[str]:
         """A namespace of which no stream is left behind: over a thousand of them keep the server busy, idle."""
         url = fresh(server_url("rabbitmq", tmp_path_factory), lease=LEASE, beat=LEASE / 4, partitions=4)
-        declare, made = rabbitmq._declare, set()
+        there, made = rabbitmq.RabbitMQBroker._there, set()
 
-        async def noted(queue: str, settings: dict[str, Any] | None, channel: Channel) -> None:
+        async def noted(self: rabbitmq.RabbitMQBroker, queue: str, settings: dict[str, Any] | None = None) -> None:
             made.add(queue)
-            await declare(queue, settings, channel)
+            await there(self, queue, settings)
 
-        monkeypatch.setattr(rabbitmq, "_declare", noted)
+        monkeypatch.setattr(rabbitmq.RabbitMQBroker, "_there", noted)
         yield url
         broker = connect(url)
         assert isinstance(broker, rabbitmq.RabbitMQBroker)

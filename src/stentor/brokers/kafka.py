@@ -22,29 +22,23 @@ import msgspec
 from confluent_kafka import OFFSET_INVALID, IsolationLevel, KafkaError, KafkaException, Producer, TopicPartition
 from confluent_kafka.admin import AdminClient, ConfigResource, NewTopic, OffsetSpec, ResourceType
 
-from stentor.broker import Features, Finding
+from stentor.broker import Durable, Features, Finding, weakest
 from stentor.brokers import findings
 from stentor.brokers.kafka_client import ASK_PATIENCE, KafkaFeed, Looker, Sender, client_settings
 from stentor.brokers.kafka_transactions import Aborted, Sent, Transactions
 from stentor.brokers.log_consumer import decode_ownership
-from stentor.brokers.log_state import LogStateBroker, encode_lease
+from stentor.brokers.log_state import LogStateBroker, MessageHeart, encode_lease
 from stentor.brokers.logstore import HOLD, Dropped
 from stentor.brokers.storage import Entry, ShutOut, Stored, Write
 from stentor.brokers.trust import refused, refuses_certificate, trust
 from stentor.brokers.wire import CONTENT_TYPE, unpack
 from stentor.clock import Clock
 from stentor.connect import BrokerUrl, count, switch
-from stentor.errors import (
-    AuthenticationFailed,
-    BrokerError,
-    ConfigError,
-    PublishUnknown,
-    StentorError,
-    StorageFull,
-    TooLarge,
-    Unavailable,
+
+from stentor.errors import (  # isort: skip
+    AuthenticationFailed, BrokerError, ConfigError, PublishUnknown, StentorError, StorageFull, TooLarge, Unavailable,
     UnknownTopic,
-)
+)  # fmt: skip
 
 T = TypeVar("T")
 OPEN_PATIENCE = 5.0
@@ -114,7 +108,7 @@ class KafkaBroker(LogStateBroker):
         super().__init__(url, clock)
         self.tls = tls = trust(url, 9092)
         self._replicas = url.option("replicas", 0, count)
-        self._flush_each = url.option("flush", -1, int)
+        self._flush_wanted = url.option("flush", None, switch)
         self._settings = client_settings(url, tls)
         self.features = Features(
             name="kafka", durable="host", shared=True, atomic=url.option("transactions", False, switch), dedupe=False,
@@ -228,10 +222,26 @@ class KafkaBroker(LogStateBroker):
             if isinstance(error, Unavailable):
                 raise
             self._replicas = 1
-        if self._flush_each < 0:
-            self._flush_each = 0 if self._replicas >= 3 else 1
-        durable: Any = "replica" if self._replicas >= 3 else "host" if self._flush_each else "process"
+        self._flush_each = self._replicas < 3 if self._flush_wanted is None else self._flush_wanted
+        durable: Durable = "replica" if self._replicas >= 3 else "host" if self._flush_each else "process"
         self.features = msgspec.structs.replace(self.features, durable=durable)
+
+    async def survives(self, topics: Sequence[str]) -> Durable:
+        async def ask(patience: float) -> dict[Any, Any]:
+            asked = [ConfigResource(ResourceType.TOPIC, topic) for topic in topics]
+            return await self._answer(self._asked().describe_configs(asked, request_timeout=patience))
+
+        heard = await asyncio.gather(*(self._metadata(ASK_PATIENCE, topic) for topic in topics))
+        levels: set[Durable] = set()
+        for place, settings in (await self._ask(ask)).items():
+            parts = heard[topics.index(place.name)].topics[place.name].partitions.values()
+            copies = min((len(part.replicas) for part in parts), default=0)
+            if min(copies, int(settings["min.insync.replicas"].value)) >= 2:  # so many have what is confirmed
+                levels.add("replica")
+            else:
+                flushed = self._flush_wanted is not False and settings["flush.messages"].value == "1"
+                levels.add("host" if flushed else "process")
+        return weakest(levels)
 
     async def _answer(self, asked: Mapping[Any, Future[Any]]) -> dict[Any, Any]:
         """What the server answers to each of several questions; the first refusal is raised."""
@@ -358,10 +368,7 @@ class KafkaBroker(LogStateBroker):
             raise _failure(self, error)
         found = (await self._metadata(ASK_PATIENCE, topic)).topics[topic]
         if found.partitions and len(found.partitions) != partitions:
-            count = len(found.partitions)
-            raise ConfigError(
-                f"{self}: topic {topic} has {count} partitions, not {partitions}; write partitions={count} there"
-            )
+            raise self.otherwise(topic, len(found.partitions), partitions)
 
     async def _led(self, topic: str) -> None:
         """Until the server knows who leads each partition of a topic that was just made: a busy one takes seconds."""
@@ -590,17 +597,11 @@ class KafkaBroker(LogStateBroker):
 
     # ---- leases -----------------------------------------------------------------------------------------------------
 
-    def heart(self) -> KafkaHeart:
-        return KafkaHeart(self)
+    def heart(self) -> _Heart:
+        return _Heart(self)
 
 
-class KafkaHeart:
-    """A lease is a message of a topic that all members read; it ends by itself."""
-
-    def __init__(self, broker: KafkaBroker) -> None:
-        self._broker = broker
-        self._patience = max(1.0, broker.lease / 2)
-
+class _Heart(MessageHeart):
     def beat(self, name: str, value: bytes, lease: float) -> None:
         told = threading.Event()
         found: list[Any] = []
@@ -615,9 +616,3 @@ class KafkaHeart:
         if not told.wait(self._patience) or not isinstance(found[0], int):
             raise OSError(f"the lease was not taken: {found or 'no answer'}")
         self._broker.beaten = max(self._broker.beaten, found[0])
-
-    def end(self, name: str) -> None:
-        self.beat(name, b"", 0.0)
-
-    def close(self) -> None:
-        pass

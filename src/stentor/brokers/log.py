@@ -35,7 +35,7 @@ from stentor.brokers.storage import DUPLICATE, UNPLACED, Entry, GroupRecord, Rea
 from stentor.brokers.trust import Trust, refused
 from stentor.brokers.wire import pack, pack_delayed
 from stentor.clock import Clock, seconds
-from stentor.connect import BrokerUrl, duration
+from stentor.connect import BrokerUrl, count, duration
 from stentor.errors import (
     BrokerError,
     PublishUnknown,
@@ -69,13 +69,15 @@ class LogBroker:
     """A broker made of the primitives of a server.
 
     Options of all of them: ``lease`` and ``beat`` (seconds; a process silent for ``lease`` loses its partitions),
-    ``retention`` (a duration: how long settled events are kept, default 7d), ``partitions`` (of topics that this
-    program makes, in place of what the topic says).
+    ``retention`` (a duration: how long settled events are kept, default 7d; where the broker ``trims``),
+    ``partitions`` (of topics that this program makes, in place of what the topic says).
     """
 
     features: Features
     native_delay = False
     """The server holds delayed messages back; else ``Staging`` does."""
+    trims = True
+    """Settled events can be removed; else the server removes by its own rules, and ``retention`` is refused."""
     tls: Trust | None = None
 
     def __init__(self, url: BrokerUrl, clock: Clock) -> None:
@@ -84,8 +86,9 @@ class LogBroker:
         self.prefix = url.namespace
         self.lease = url.option("lease", 10.0, float)
         self.beat = url.option("beat", 2.5, float)
-        self.retention = url.option("retention", 7 * 86400.0, duration)
-        self._partitions = url.option("partitions", 0, int)
+        if self.trims:
+            self.retention = url.option("retention", 7 * 86400.0, duration)
+        self._partitions = url.option("partitions", 0, count)
         self.closed = True
         self.consumers: list[LogConsumer] = []
         self.staging = Staging(self)
@@ -154,7 +157,7 @@ class LogBroker:
         raise NotImplementedError
 
     async def trim(self, topic: str, index: int, offset: int) -> None:
-        """Messages below the offset are not needed any more."""
+        """Messages below the offset are not needed any more. Only with ``trims``."""
         raise NotImplementedError
 
     async def names(self, space: str) -> list[str]:

@@ -252,7 +252,7 @@ class LogAdmin:
             elif group.expires and group.touched + group.expires < now:
                 await self._drop(name, group)
         for name, topic in topics.items():
-            if not name.startswith("stentor.dead."):  # dead letters stay until an operator drops them
+            if broker.trims and not name.startswith("stentor.dead."):  # dead letters stay until an operator drops them
                 await self._trim(name, topic, groups, now)
 
     async def _trim(self, name: str, topic: TopicRecord, groups: dict[str, GroupRecord], now: float) -> None:

@@ -14,14 +14,17 @@ from typing import Any, NamedTuple
 
 import msgspec
 
+from stentor.broker import Durable
 from stentor.brokers.log import LogBroker
 from stentor.brokers.logstore import HOLD, Dropped, LogStore
 from stentor.brokers.storage import Held, Write
 from stentor.brokers.wire import unpack
 from stentor.clock import Clock
 from stentor.connect import BrokerUrl
-from stentor.errors import BrokerError, Unavailable, UnknownTopic
+from stentor.errors import BrokerError, ConfigError, Unavailable, UnknownTopic
+from stentor.event import Topic
 from stentor.message import Message
+from stentor.subscription import Subscription
 
 PATIENCE = 10.0
 """Seconds in which the leases have to be read."""
@@ -130,6 +133,14 @@ class LogStateBroker(LogBroker):
         """Remove a topic, which need not exist. Raises Unavailable."""
         raise NotImplementedError
 
+    def otherwise(self, topic: str, count: int, wanted: int) -> ConfigError:
+        text = f"topic {topic} has {count} partitions, not {wanted}; write partitions={count} there"
+        return ConfigError(f"{self}: {text}")
+
+    async def survives(self, topics: Sequence[str]) -> Durable:  # noqa: ARG002
+        """What a confirmed event of any of these topics, as stored, survives: where the server tells, what it says."""
+        return self.features.durable
+
     # ---- life -------------------------------------------------------------------------------------------------------
 
     @property
@@ -140,6 +151,17 @@ class LogStateBroker(LogBroker):
         await self.make(self.lease_topic, keep=LEASES_KEPT)
         self._store = LogStore(_Generations(self))
         await self._store.open()
+        await self._learn_durable()
+
+    async def declare(self, topics: Sequence[Topic], subscriptions: Sequence[Subscription]) -> None:
+        await super().declare(topics, subscriptions)
+        await self._learn_durable()
+
+    async def _learn_durable(self) -> None:
+        """The least of the topics that this program uses is what its events survive."""
+        with contextlib.suppress(BrokerError):  # one may not be allowed to ask; what is away confirms nothing either
+            durable = await self.survives([self.lease_topic, *(known.stored for known, _ in self._topics.values())])
+            self.features = msgspec.structs.replace(self.features, durable=durable)
 
     async def close_state(self) -> None:
         if self._store is not None:
@@ -231,6 +253,23 @@ class LogStateBroker(LogBroker):
             self._leases_seen = now
             self._leases = {name: lease for name, lease in self._leases.items() if lease[1] > now}
             return {name: value for name, (value, _) in self._leases.items()}
+
+
+class MessageHeart:
+    """A lease is a message of a topic that all members read; it ends by itself."""
+
+    def __init__(self, broker: Any) -> None:
+        self._broker = broker
+        self._patience: float = max(1.0, broker.lease / 2)
+
+    def beat(self, name: str, value: bytes, lease: float) -> None:
+        raise NotImplementedError
+
+    def end(self, name: str) -> None:
+        self.beat(name, b"", 0.0)
+
+    def close(self) -> None:
+        """Nothing is its own."""
 
 
 class FeedReader:

@@ -20,15 +20,15 @@ import nats.errors
 from nats.aio.client import Client
 from nats.aio.msg import Msg
 
-from stentor.broker import Features, Finding
+from stentor.broker import Durable, Features, Finding
 from stentor.brokers import findings
-from stentor.brokers.log_state import LogStateBroker, encode_lease
+from stentor.brokers.log_state import LogStateBroker, MessageHeart, encode_lease
 from stentor.brokers.nats_client import ASK_PATIENCE, Link, NatsFeed, Place, Refused, Silent, refusal, status, stream_of
 from stentor.brokers.storage import Entry, Stored
 from stentor.brokers.trust import refused, refuses_certificate, trust
 from stentor.brokers.wire import unpack
 from stentor.clock import Clock
-from stentor.connect import BrokerUrl, one_of
+from stentor.connect import BrokerUrl, count, one_of
 from stentor.errors import AuthenticationFailed, ConfigError, PublishUnknown, StentorError, Unavailable, UnknownTopic
 from stentor.message import new_id
 
@@ -69,8 +69,8 @@ class NatsBroker(LogStateBroker):
         super().__init__(url, clock)
         self.tls = tls = trust(url, 4222, greeted=True)
         creds = url.option("creds", "")
-        self._replicas = url.option("replicas", 1, int)
-        durable: Any = url.option("durable", "process", one_of("process", "host"))
+        self._replicas = url.option("replicas", 1, count)
+        self._alone: Durable = url.option("durable", "process", one_of("process", "host"))
         self._options: dict[str, Any] = {"servers": [f"nats://{server}" for server in url.addresses(4222)]}
         if url.user:
             self._options |= {"user": url.user, "password": url.password or ""}
@@ -79,7 +79,7 @@ class NatsBroker(LogStateBroker):
         if tls:
             self._options["tls"] = tls.context
         self.features = Features(
-            name="nats", durable="replica" if self._replicas >= 3 else durable, shared=True, atomic=False, dedupe=False,
+            name="nats", durable=self._alone, shared=True, atomic=False, dedupe=False,
             replay=True, cancel=True, browse=True,
         )  # fmt: skip
         self._link: Link | None = None
@@ -158,14 +158,14 @@ class NatsBroker(LogStateBroker):
         reviewed = [findings.version("NATS", f"{version.major}.{version.minor}.{version.patch}", (2, 9))]
         if "ts" in found:  # since 2.10
             reviewed.append(findings.clock(datetime.fromisoformat(found["ts"]).timestamp(), before, time.time()))
-        copies = found["config"]["num_replicas"]
+        configs = [(await self._info(record.stored))["config"] for record in (await self.records())[0].values()]
+        copies = min(config["num_replicas"] for config in [found["config"], *configs])
         alone = not (found.get("cluster") or {}).get("name")
         advice = "" if copies >= 3 or alone else "a cluster can keep three: replicas=3 for new topics"
         reviewed.append(Finding("replicas", "warn" if advice else "ok", str(copies), advice))
         if self.features.durable == "host":
             text = "taken on trust: the server does not tell its sync_interval"
             reviewed.append(Finding("sync_interval", "ok", text))
-        configs = [(await self._info(record.stored))["config"] for record in (await self.records())[0].values()]
         limited = [config["name"] for config in configs if any(config.get(limit, -1) > 0 for limit in _LIMITS)]
         told = ", ".join(f"{name} has a limit" for name in limited)
         why = "events are removed or refused, whoever still needs them"
@@ -206,15 +206,16 @@ class NatsBroker(LogStateBroker):
                 if time.monotonic() > deadline or not self.link.nc.is_connected:
                     raise
                 await asyncio.sleep(0.2)  # a cluster may still be choosing a leader
-        found = (await self._info(topic))["config"]
-        count = len(found.get("subjects") or ())
-        if count != partitions:
-            raise ConfigError(
-                f"{self}: topic {topic} has {count} partitions, not {partitions}; write partitions={count} there"
-            )
+        there = len((await self._info(topic))["config"].get("subjects") or ())
+        if there != partitions:
+            raise self.otherwise(topic, there, partitions)
 
     async def _info(self, topic: str) -> dict[str, Any]:
         return await self.link.api(f"STREAM.INFO.{stream_of(topic)}")
+
+    async def survives(self, topics: Sequence[str]) -> Durable:
+        infos = await asyncio.gather(*map(self._info, topics))
+        return "replica" if all(info["config"]["num_replicas"] >= 3 for info in infos) else self._alone
 
     async def remove(self, topic: str) -> None:
         with contextlib.suppress(UnknownTopic):
@@ -425,16 +426,13 @@ class NatsBroker(LogStateBroker):
 
     # ---- leases -----------------------------------------------------------------------------------------------------
 
-    def heart(self) -> NatsHeart:
-        return NatsHeart(self)
+    def heart(self) -> _Heart:
+        return _Heart(self)
 
 
-class NatsHeart:
-    """A lease is a message of a stream that all members read; it ends by itself."""
-
+class _Heart(MessageHeart):
     def __init__(self, broker: NatsBroker) -> None:
-        self._broker = broker
-        self._patience = max(1.0, broker.lease / 2)
+        super().__init__(broker)
         self._runner = asyncio.Runner()
         self._link: Link | None = None
 
@@ -452,9 +450,6 @@ class NatsHeart:
         if "seq" not in found:
             raise OSError(f"the lease was not taken: {found or 'no stream'}")
         self._broker.beaten = max(self._broker.beaten, found["seq"])
-
-    def end(self, name: str) -> None:
-        self.beat(name, b"", 0.0)
 
     def close(self) -> None:
         if self._link is not None:

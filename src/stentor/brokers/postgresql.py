@@ -27,14 +27,7 @@ from stentor.brokers.trust import trust
 from stentor.brokers.wire import pack_delayed, unpack, unpack_delayed, unpack_waiting
 from stentor.clock import Clock
 from stentor.connect import BrokerUrl
-from stentor.errors import (
-    ConfigError,
-    PublishUnknown,
-    StentorError,
-    StorageUnusable,
-    Unavailable,
-    UnknownTopic,
-)
+from stentor.errors import ConfigError, PublishUnknown, StentorError, StorageUnusable, Unavailable, UnknownTopic
 from stentor.message import Message, new_id
 
 T = TypeVar("T")

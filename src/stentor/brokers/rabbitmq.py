@@ -17,15 +17,15 @@ from functools import partial
 from typing import Any
 from urllib.parse import unquote
 
-from stentor.broker import Features, Finding
+from stentor.broker import Durable, Features, Finding
 from stentor.brokers import findings
-from stentor.brokers.log_state import Feed, LogStateBroker, Read, encode_lease
+from stentor.brokers.log_state import Feed, LogStateBroker, MessageHeart, Read, encode_lease
 from stentor.brokers.rabbitmq_wire import NOT_FOUND, Channel, Connection, Login, Lost, Refused, Timestamp, short, table
 from stentor.brokers.storage import UNPLACED, Entry, Stored
 from stentor.brokers.trust import refused, trust
 from stentor.brokers.wire import CONTENT_TYPE, unpack
 from stentor.clock import Clock
-from stentor.connect import BrokerUrl
+from stentor.connect import Address, BrokerUrl, count
 from stentor.errors import (
     AuthenticationFailed,
     BrokerError,
@@ -83,10 +83,6 @@ def _failure(who: object, error: Exception) -> BrokerError:
         if error.code == _PRECONDITION and "a replica" not in str(error):  # a stream that is being made has none yet
             return ConfigError(f"{who}: {error}")  # type: ignore[return-value]
     return Unavailable(f"{who}: {error}")
-
-
-async def _declare(queue: str, settings: dict[str, Any] | None, channel: Channel) -> None:
-    await channel.declare(queue, settings)
 
 
 class Line:
@@ -276,6 +272,8 @@ class RabbitMQBroker(LogStateBroker):
     (of the streams that this program makes, default: one for each node).
     """
 
+    trims = False
+
     def __init__(self, url: BrokerUrl, clock: Clock) -> None:
         super().__init__(url, clock)
         self.tls = tls = trust(url, 5671, secure=url.scheme == "amqps")
@@ -285,10 +283,10 @@ class RabbitMQBroker(LogStateBroker):
             url.addresses(5671 if tls else 5672), unquote(url.path.strip("/")) or "/", user,
             url.password or ("" if url.user else "guest"), context, HEARTBEAT,
         )  # fmt: skip
-        self._replicas = url.option("replicas", 0, int)
+        self._replicas = url.option("replicas", 0, count)
         self.features = Features(
-            name="rabbitmq", durable="replica" if self._replicas >= 3 else "process", shared=True, atomic=False,
-            dedupe=False, replay=True, cancel=True, browse=True, placed=False, one_order=False,
+            name="rabbitmq", durable="process", shared=True, atomic=False, dedupe=False,
+            replay=True, cancel=True, browse=True, placed=False, one_order=False,
         )  # fmt: skip
         self._data = Line(self, self._login)
         self._state = Line(self, self._login)
@@ -323,15 +321,62 @@ class RabbitMQBroker(LogStateBroker):
         await self._there(f"{self.lease_topic}.0")
         await self.stores()
 
+    async def survives(self, topics: Sequence[str]) -> Durable:
+        return "replica" if await self._copies(topics) >= 2 else "process"
+
+    async def _copies(self, topics: Sequence[str]) -> int:
+        """The fewest copies of a topic on the nodes that the URL names: AMQP tells only of the node that is asked.
+
+        A majority of the copies confirms: where there are two, one may be lost.
+        """
+        nodes = self._login.addresses
+        ends = time.monotonic() + BEGIN_PATIENCE
+        while len(nodes) > 1:
+            held = dict(await asyncio.gather(*(self._held(node, topics) for node in nodes))).values()
+            fewest = min(sum(topic in one for one in held) for topic in topics)
+            if fewest >= 2 or self._replicas == 1 or time.monotonic() > ends:
+                return fewest
+            await asyncio.sleep(0.1)  # copies of what was just made are still beginning
+        return 1
+
+    async def _held(self, node: Address, topics: Sequence[str]) -> tuple[object, set[str]]:
+        """Where an address leads, and the topics that there is a copy of: a node lets nobody read others."""
+        line, held, peer = Line(self, self._login._replace(addresses=[node])), set[str](), None
+        with contextlib.suppress(BrokerError, Lost, TimeoutError):  # a node that is away counts for nothing
+            async with asyncio.timeout(BEGIN_PATIENCE):
+                peer = (await line.connection()).peer
+                for topic in topics:
+                    channel = await line.channel()
+                    with contextlib.suppress(Refused):
+                        await channel.qos(1)
+                        await channel.consume(f"{topic}.0", "a", "next")
+                        held.add(topic)
+                    channel.close()
+        await line.close()
+        return peer, held
+
     async def review(self) -> list[Finding]:
         connection = await self._data.connection()
-        text = "a stream keeps what policies of the operator let it: none may set max-age or max-length-bytes"
+        known = (await self.records())[0].values()
+        copies = await self._copies([self.lease_topic, *(topic.stored for topic in known)])
+        nodes = len(self._login.addresses)
+        few = "a node is away, or topics have fewer: replicas=3 is for new ones" if copies < min(nodes, 3) else ""
+        text = f"{copies} on the {nodes} nodes of the URL" if nodes > 1 else "none is seen but on the node of the URL"
+        queues = [f"{topic.stored}.{index}" for topic in known for index in range(topic.partitions)]
+        cut = []
+        for queue in queues:
+            with contextlib.suppress(Unavailable):  # a node without a copy lets nobody read
+                if (await self._read(queue, "first"))[0][0]:
+                    cut.append(f"{queue} has lost events")
+        kept = "nothing was removed yet; AMQP does not tell of policies that will"
+        why = "a policy with max-age or max-length-bytes removes them, whoever still needs them"
         return [
             findings.version("RabbitMQ", connection.version, (3, 10)),
             Finding("alarms", "warn" if connection.blocked else "ok", connection.blocked or "none",
                     "publishers wait until it is over" if connection.blocked else ""),
             findings.setting("channels", str(connection.most), [str(most) for most in range(256, 65536)], ""),
-            Finding("retention", "ok", text),
+            Finding("replicas", "warn" if few else "ok", text, few),
+            Finding("retention", "warn" if cut else "ok", ", ".join(cut) or kept, why if cut else ""),
         ]  # fmt: skip
 
     # ---- asking -----------------------------------------------------------------------------------------------------
@@ -350,8 +395,8 @@ class RabbitMQBroker(LogStateBroker):
         finally:
             channel.close()
 
-    async def _there(self, queue: str) -> None:
-        await self._call(partial(_declare, queue, None))
+    async def _there(self, queue: str, made: dict[str, Any] | None = None) -> None:
+        await self._call(lambda channel: channel.declare(queue, made))
 
     async def _read(
         self, queue: str, start: int | str, enough: Callable[[list[tuple[int, float, bytes]]], bool] = bool
@@ -405,10 +450,7 @@ class RabbitMQBroker(LogStateBroker):
             except UnknownTopic:
                 missing.append(index)
         if missing and missing[0]:
-            count = missing[0]
-            raise ConfigError(
-                f"{self}: topic {topic} has {count} partitions, not {partitions}; write partitions={count} there"
-            )
+            raise self.otherwise(topic, missing[0], partitions)
         beginning = encode_lease(("", b"", 0.0)) if topic == self.lease_topic else _NOTHING
         if not missing:
             if not await self._patiently(partial(self._begun, f"{topic}.0")):  # who made it died before that
@@ -417,7 +459,7 @@ class RabbitMQBroker(LogStateBroker):
         for index in reversed(range(partitions)):  # the first one last: with it the topic is whole
             queue = f"{topic}.{index}"
             if index in missing:
-                await self._call(partial(_declare, queue, settings))
+                await self._there(queue, settings)
             await self._patiently(partial(self._tell, queue, beginning))
 
     async def _begun(self, queue: str) -> bool:
@@ -557,24 +599,18 @@ class RabbitMQBroker(LogStateBroker):
             if body != _NOTHING
         ]
 
-    async def trim(self, topic: str, index: int, offset: int) -> None:
-        """Nothing: a stream drops only by age or size, whoever still needs it."""
-
     # ---- leases -----------------------------------------------------------------------------------------------------
 
-    def heart(self) -> RabbitMQHeart:
-        return RabbitMQHeart(self)
+    def heart(self) -> _Heart:
+        return _Heart(self)
 
 
-class RabbitMQHeart:
-    """A lease is a message of a stream that all members read; it ends by itself."""
-
+class _Heart(MessageHeart):
     def __init__(self, broker: RabbitMQBroker) -> None:
+        super().__init__(broker)
         self._queue = f"{broker.lease_topic}.0"
-        self._patience = max(1.0, broker.lease / 2)
         self._runner = asyncio.Runner()
         self._line: Line | None = None
-        self._broker = broker
 
     def beat(self, name: str, value: bytes, lease: float) -> None:
         self._runner.run(self._beat(encode_lease((name, value, lease))))
@@ -586,9 +622,6 @@ class RabbitMQHeart:
             batch = await channel.publish([self._queue], [body], _properties())
         if batch.refused or batch.returned:
             raise OSError("the lease was not taken")
-
-    def end(self, name: str) -> None:
-        self.beat(name, b"", 0.0)
 
     def close(self) -> None:
         if self._line is not None:

@@ -199,6 +199,11 @@ class Connection(asyncio.Protocol):
     def closed(self) -> bool:
         return self.error is not None
 
+    @property
+    def peer(self) -> object:
+        """The address and port that it led to."""
+        return self._transport and self._transport.get_extra_info("peername")
+
     def abort(self, error: Exception | None = None) -> None:
         """End it without a word to the other side."""
         self._fail(error or Lost("the connection was closed"))

@@ -19,43 +19,19 @@ import msgspec
 
 from stentor.broker import Durable, Features, Finding
 from stentor.brokers import findings
-from stentor.brokers.log_state import Feed, LogStateBroker, Read, Removed, encode_lease
-from stentor.brokers.rocketmq_remoting import (
-    BROKER_CONFIG,
-    BROKER_STATE,
-    CLUSTER,
-    CREATE_TOPIC,
-    DELETE_TOPIC,
-    DELETE_TOPIC_NAMES,
-    FIND_BY_TIME,
-    MAX_OFFSET,
-    MIN_OFFSET,
-    MOVED,
-    NO_TOPIC,
-    NOT_FLUSHED,
-    NOT_FOUND,
-    OK,
-    PULL,
-    ROUTE,
-    SEND_BATCH,
-    SYSTEM_BUSY,
-    TRY_AGAIN,
-    Answer,
-    Line,
-    Link,
-    Pulled,
-    Signer,
-    batch,
-    check,
-    failure,
-    messages,
-)  # fmt: skip
+from stentor.brokers.log_state import Feed, LogStateBroker, MessageHeart, Read, Removed, encode_lease
 from stentor.brokers.storage import Entry, Stored
 from stentor.brokers.trust import trust
 from stentor.brokers.wire import unpack
 from stentor.clock import Clock
 from stentor.connect import BrokerUrl, one_of
 from stentor.errors import BrokerError, ConfigError, PublishUnknown, StentorError, Unavailable, UnknownTopic
+
+from stentor.brokers.rocketmq_remoting import (  # isort: skip
+    BROKER_CONFIG, BROKER_STATE, CLUSTER, CREATE_TOPIC, DELETE_TOPIC, DELETE_TOPIC_NAMES, FIND_BY_TIME, MAX_OFFSET,
+    MIN_OFFSET, MOVED, NO_TOPIC, NOT_FLUSHED, NOT_FOUND, OK, PULL, ROUTE, SEND_BATCH, SYSTEM_BUSY, TRY_AGAIN, Answer,
+    Line, Link, Pulled, Signer, batch, check, failure, messages,
+)  # fmt: skip
 
 SEND_BYTES = 1024 * 1024
 """What one request carries at most, or one message."""
@@ -87,6 +63,8 @@ class RocketMQBroker(LogStateBroker):
     ``durable`` ("host", the default: the brokers are expected to run with ``flushDiskType=SYNC_FLUSH``; "process":
     not).
     """
+
+    trims = False
 
     def __init__(self, url: BrokerUrl, clock: Clock) -> None:
         super().__init__(url, clock)
@@ -389,13 +367,10 @@ class RocketMQBroker(LogStateBroker):
             offset = pulled[-1].offset + 1
         return found
 
-    async def trim(self, topic: str, index: int, offset: int) -> None:
-        """RocketMQ removes by age alone (``fileReservedTime``), all topics alike."""
-
     # ---- leases -----------------------------------------------------------------------------------------------------
 
-    def heart(self) -> RocketMQHeart:
-        return RocketMQHeart(self)
+    def heart(self) -> _Heart:
+        return _Heart(self)
 
 
 def send_fields(index: int) -> dict[str, Any]:
@@ -512,17 +487,15 @@ class RocketMQFeed(Feed):
             link.abort()
 
 
-class RocketMQHeart:
-    """A lease is a message of a topic that all members read; it ends by itself."""
-
+class _Heart(MessageHeart):
     def __init__(self, broker: RocketMQBroker) -> None:
-        self._broker = broker
+        super().__init__(broker)
         self._topic = _stored(broker.lease_topic)
         home = broker._homes.get(self._topic)
         if home is None:
             raise OSError("the broker is being looked for")
         self._name, address = home
-        self._line = Line(address, broker.signer, broker.context, max(1.0, broker.lease / 2))
+        self._line = Line(address, broker.signer, broker.context, self._patience)
 
     def beat(self, name: str, value: bytes, lease: float) -> None:
         fields = send_fields(0) | {"b": self._topic, "n": self._name}
@@ -530,9 +503,6 @@ class RocketMQHeart:
         if found.code != OK:
             raise OSError(f"the lease was not taken: {found.code}")
         self._broker.beaten = max(self._broker.beaten, int(found.fields["queueOffset"]))
-
-    def end(self, name: str) -> None:
-        self.beat(name, b"", 0.0)
 
     def close(self) -> None:
         self._line.close()

@@ -34,7 +34,7 @@ STRONGER = {
     "redis": "drop the option durable=process, on a server with appendfsync always",
     "rocketmq": "drop the option durable=process, on a server with flushDiskType=SYNC_FLUSH",
     "nats": "set sync_interval: always on the server and add durable=host, or replicas=3 in a cluster",
-    "rabbitmq": "add replicas=3 in a cluster: a stream never waits for the disk of one node",
+    "rabbitmq": "name all nodes of a cluster, so that copies are seen: a stream never waits for the disk of one node",
     "kafka": "drop the option flush=0, or add replicas=3 in a cluster",
 }
 """How the same broker keeps more."""
@@ -104,9 +104,10 @@ async def _broker(url: str | None) -> list[Finding]:
         broker = connect(full)
     except StentorError as error:
         return [Finding("broker", "fail", str(error))]
-    findings = [*_durability(full, broker), *_files(full)]
+    findings = [*_name(full, broker), *_files(full)]
     path = database(full)
     if path is not None and not path.exists():
+        findings += _durability(broker)
         findings.append(Finding("connection", "ok", f"there is no {path.name} yet; the first run makes it"))
         return findings
     began = time.monotonic()
@@ -118,12 +119,15 @@ async def _broker(url: str | None) -> list[Finding]:
             Finding("connection", "fail", str(error), "until this is mended, nothing is published or handled"),
         ]
     try:
+        findings += _durability(broker)  # some learn it from the server
         trouble = await broker.health()
         if trouble is None:
             findings.append(Finding("connection", "ok", f"answers after {span(time.monotonic() - began)}"))
         else:
             findings.append(Finding("connection", "fail", trouble))
-        findings += [*await broker.review(), await _clock(broker), *await _groups(broker)]
+        findings += await broker.review()  # each by itself: what comes first stays said
+        findings.append(await _clock(broker))
+        findings += await _groups(broker)
     except StentorError as error:
         findings.append(Finding("connection", "fail", str(error)))
     finally:
@@ -131,11 +135,14 @@ async def _broker(url: str | None) -> list[Finding]:
     return findings
 
 
-def _durability(url: str, broker: Broker) -> Iterator[Finding]:
-    features = broker.features
+def _name(url: str, broker: Broker) -> Iterator[Finding]:
     yield Finding("broker", "ok", describe(url, broker).partition(" (")[0])
     namespace = BrokerUrl(url).namespace.rstrip(".")
     yield Finding("namespace", "ok", namespace or "none: topics and groups have their plain names")
+
+
+def _durability(broker: Broker) -> Iterator[Finding]:
+    features = broker.features
     if features.durable == "process":
         yield Finding("durability", "warn", f"process: {survival(features)}", STRONGER.get(features.name, ""))
     else:
