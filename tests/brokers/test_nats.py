@@ -1,5 +1,6 @@
 """What is special about NATS: its faults, its security, its streams, and what a message from elsewhere becomes."""
 
+import asyncio
 import json
 from typing import Any
 
@@ -66,8 +67,10 @@ async def test_tls_and_a_password(secure: str) -> None:
 @pytest.mark.parametrize(
     ("right", "wrong"), [("@localhost", "x@localhost"), ("&ca=", "&durable=host&namespace=x&nota=")]
 )
-async def test_what_is_wrong_is_said_at_once(secure: str, right: str, wrong: str) -> None:
-    """A wrong password, an authority that nobody knows."""
+async def test_what_is_wrong_is_said_at_once(
+    secure: str, right: str, wrong: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A wrong password, an authority that nobody knows; and by nobody else than the exception."""
     url = secure.replace(right, wrong, 1)
     if "nota" in wrong:
         url = secure.partition("&ca=")[0]
@@ -75,6 +78,8 @@ async def test_what_is_wrong_is_said_at_once(secure: str, right: str, wrong: str
         await opened(url)
     assert isinstance(raised.value, AuthenticationFailed), raised.value
     assert "secret" not in str(raised.value)
+    await asyncio.sleep(0.2)  # for what asyncio says when the server hangs up
+    assert caplog.text == ""
 
 
 async def test_another_number_of_partitions(plain: str) -> None:

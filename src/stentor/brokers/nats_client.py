@@ -104,6 +104,9 @@ class Speaker(Client):
         if "tls" in self.options and writer.get_extra_info("ssl_object") is None:
             writer.close()
             raise nats.errors.Error(PLAIN)
+        if "tls" in self.options:
+            protocol: Any = writer.transport.get_protocol()
+            protocol._over_ssl = True  # the library did not tell it: asyncio would warn when the server hangs up
         return super()._connect_command()
 
 
