@@ -1,7 +1,9 @@
 """What is special about RabbitMQ: its faults, its security, what its alarms do, and its streams."""
 
 import asyncio
+import contextlib
 import subprocess
+from collections.abc import AsyncIterator
 from typing import Any
 from urllib.parse import quote
 
@@ -10,13 +12,16 @@ import pytest
 import servers
 from servers.rabbitmq import RabbitMQ
 from servers.tls import PASSWORD
+from stentor import App, Event, Group
 from stentor.brokers.rabbitmq import RabbitMQBroker, _failure
-from stentor.brokers.rabbitmq_wire import Refused
+from stentor.brokers.rabbitmq_wire import BASIC_CANCEL, Channel, Refused
 from stentor.connect import connect
-from stentor.errors import AuthenticationFailed, ConfigError, PublishUnknown, Unavailable
+from stentor.errors import AuthenticationFailed, ConfigError, PublishUnknown, Unavailable, UnknownTopic
 from stentor.event import Topic
 from stentor.message import Message
 from stentor.testing.conformance import Rules  # noqa: F401  first: it has asserts rewritten
+from stentor.testing.conformance.events import Job
+from stentor.testing.conformance.stage import until
 from tests.faults import ServerFaults, ThreeNodes
 from tests.real import fresh, server_url, unavailable
 
@@ -172,3 +177,110 @@ async def test_an_alarm_of_the_server(tmp_path_factory: pytest.TempPathFactory) 
             raise AssertionError(error.stderr) from error
         finally:
             await broker.close()
+
+
+@pytest.fixture
+async def own(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[RabbitMQ]:
+    """A server of this test's own, which may be treated badly."""
+    try:
+        RabbitMQ.install()
+    except servers.Missing as missing:
+        unavailable(missing)
+    with RabbitMQ(tmp_path_factory.mktemp("own")) as server:
+        yield server
+
+
+class Wish(Event, topic="wishes", key="key"):
+    key: str
+    n: int
+
+
+def handling(url: str, seen: list[tuple[str, int]]) -> App:
+    app = App("shop", broker=f"{url}?partitions=1")
+
+    @app.on(Job)
+    async def work(job: Job) -> None:
+        await asyncio.sleep(0.01)
+        seen.append((job.key, job.n))
+
+    return app
+
+
+async def test_handlers_go_on_during_an_alarm(own: RabbitMQ) -> None:
+    """Reading does, handlers too until too much is not settled; then all is, in order, and nothing is lost."""
+    seen: list[tuple[str, int]] = []
+    app = handling(own.url, seen)
+    async with app.running() as program:
+        broker: Any = program.broker
+        await app.publish([Job(key=f"k{n % 4}", n=n) for n in range(2000)])
+        await until(lambda: len(seen) > 50, "it has begun")
+        await asyncio.to_thread(own.ctl, "set_vm_memory_high_watermark", "0.00000001")
+        await until(lambda: broker._state._connection.blocked, "the alarm is felt")
+        before = len(seen)
+        more = [asyncio.create_task(app.publish(Job(key=f"k{n % 4}", n=n))) for n in range(2000, 2004)]
+        await asyncio.sleep(3)  # how long the alarm lasts
+        assert len(seen) > before
+        assert len([n async for n, _ in broker.browse("jobs", "earliest", follow=False)]) >= 2000
+        await asyncio.to_thread(own.ctl, "set_vm_memory_high_watermark", "0.4")
+        await asyncio.gather(*more)
+        await until(lambda: len(set(seen)) == 2004, "all are handled")
+        for key in range(4):
+            mine = [n for name, n in dict.fromkeys(seen) if name == f"k{key}"]
+            assert mine == sorted(mine)
+        assert [worker.failure for worker in program.workers] == [None]
+
+
+async def test_the_process_that_leads_a_stream_dies(own: RabbitMQ) -> None:
+    """Another takes its place: reading goes on where it was."""
+    seen: list[tuple[str, int]] = []
+    app = handling(own.url, seen)
+    find = '{ok, Q} = rabbit_amqqueue:lookup(rabbit_misc:r(<<"/">>, queue, <<"jobs.0">>))'
+    async with app.running() as program:
+        for first in (0, 100, 200):
+            jobs = [Job(key="a", n=n) for n in range(first, first + 100)]
+            await asyncio.gather(*(patiently(app, job) for job in jobs))
+            await until(lambda: len(seen) > first + 20, "it reads")  # noqa: B023  awaited in this turn
+            await asyncio.to_thread(own.ctl, "eval", f"{find}, exit(amqqueue:get_pid(Q), kill).")
+        await until(lambda: len(set(seen)) == 300, "reading goes on")
+        assert {n for _, n in seen} == set(range(300))
+        assert [worker.failure for worker in program.workers] == [None]
+
+
+async def patiently(app: App, job: Job) -> None:
+    while True:
+        with contextlib.suppress(Unavailable, PublishUnknown):
+            await app.publish(job)
+            return
+        await asyncio.sleep(0.1)
+
+
+async def test_the_server_cancels_a_consumer(own: RabbitMQ, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Somebody removes a stream under a reader: it is told, the same group's other topics are read on."""
+    cancelled: list[int] = []
+    method = Channel.method
+
+    def noted(self: Channel, number: int, data: bytes) -> None:
+        if number == BASIC_CANCEL:
+            cancelled.append(self.number)
+        method(self, number, data)
+
+    monkeypatch.setattr(Channel, "method", noted)
+    seen: list[tuple[str, int]] = []
+    app = App("shop", broker=f"{own.url}?partitions=1")
+
+    @app.on(Job, Wish, group=Group("all"))
+    async def work(event: Job | Wish) -> None:
+        seen.append((type(event).__name__, event.n))
+
+    async with app.running() as program:
+        await app.publish([Job(key="a", n=1), Wish(key="a", n=1)])
+        await until(lambda: len(seen) == 2, "it reads")
+        await asyncio.to_thread(own.ctl, "delete_queue", "jobs.0")
+        await until(lambda: cancelled, "the server cancels")
+        for n in range(2, 5):
+            await app.publish(Wish(key="a", n=n))
+        await until(lambda: len(seen) == 5, "the other topic is read on")
+        with pytest.raises(UnknownTopic):
+            await app.publish(Job(key="a", n=2))
+        assert len(cancelled) == 1
+        assert [worker.failure for worker in program.workers] == [None]
