@@ -34,11 +34,17 @@ from stentor.brokers.trust import refused, refuses_certificate, trust
 from stentor.brokers.wire import CONTENT_TYPE, unpack
 from stentor.clock import Clock
 from stentor.connect import BrokerUrl, count, switch
-
-from stentor.errors import (  # isort: skip
-    AuthenticationFailed, BrokerError, ConfigError, PublishUnknown, StentorError, StorageFull, TooLarge, Unavailable,
+from stentor.errors import (
+    AuthenticationFailed,
+    BrokerError,
+    ConfigError,
+    PublishUnknown,
+    StentorError,
+    StorageFull,
+    TooLarge,
+    Unavailable,
     UnknownTopic,
-)  # fmt: skip
+)
 
 T = TypeVar("T")
 OPEN_PATIENCE = 5.0

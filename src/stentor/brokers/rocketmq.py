@@ -20,18 +20,42 @@ import msgspec
 from stentor.broker import Durable, Features, Finding
 from stentor.brokers import findings
 from stentor.brokers.log_state import Feed, LogStateBroker, MessageHeart, Read, Removed, encode_lease
+from stentor.brokers.rocketmq_remoting import (
+    BROKER_CONFIG,
+    BROKER_STATE,
+    CLUSTER,
+    CREATE_TOPIC,
+    DELETE_TOPIC,
+    DELETE_TOPIC_NAMES,
+    FIND_BY_TIME,
+    MAX_OFFSET,
+    MIN_OFFSET,
+    MOVED,
+    NO_TOPIC,
+    NOT_FLUSHED,
+    NOT_FOUND,
+    OK,
+    PULL,
+    ROUTE,
+    SEND_BATCH,
+    SYSTEM_BUSY,
+    TRY_AGAIN,
+    Answer,
+    Line,
+    Link,
+    Pulled,
+    Signer,
+    batch,
+    check,
+    failure,
+    messages,
+)
 from stentor.brokers.storage import Entry, Stored
 from stentor.brokers.trust import trust
 from stentor.brokers.wire import unpack
 from stentor.clock import Clock
 from stentor.connect import BrokerUrl, one_of
 from stentor.errors import BrokerError, ConfigError, PublishUnknown, StentorError, Unavailable, UnknownTopic
-
-from stentor.brokers.rocketmq_remoting import (  # isort: skip
-    BROKER_CONFIG, BROKER_STATE, CLUSTER, CREATE_TOPIC, DELETE_TOPIC, DELETE_TOPIC_NAMES, FIND_BY_TIME, MAX_OFFSET,
-    MIN_OFFSET, MOVED, NO_TOPIC, NOT_FLUSHED, NOT_FOUND, OK, PULL, ROUTE, SEND_BATCH, SYSTEM_BUSY, TRY_AGAIN, Answer,
-    Line, Link, Pulled, Signer, batch, check, failure, messages,
-)  # fmt: skip
 
 SEND_BYTES = 1024 * 1024
 """What one request carries at most, or one message."""

@@ -13,7 +13,6 @@ from stentor.cli.load import load_app
 from stentor.cli.options import broker_option
 from stentor.cli.output import plural
 from stentor.connect import BrokerUrl, broker_url
-from stentor.errors import ConfigError
 
 
 @click.command()
@@ -41,6 +40,7 @@ def docs(
       stentor docs --app shop:app --app billing:app --diff asyncapi.json
     """  # noqa: D301
     from stentor.docs.asyncapi import document
+    from stentor.docs.files import read, write
     from stentor.docs.overview import overview
     from stentor.docs.page import page
     from stentor.gateway.routes import load
@@ -48,7 +48,7 @@ def docs(
     if out is None and diff is None:
         raise click.UsageError("say --out DIR, --diff OLD, or both")
     found = [load_app(target) for target in apps]
-    old = None if diff is None else _read(diff)
+    old = None if diff is None else read(diff)
     if config is None:
         whole = overview(found, BrokerUrl(broker_url(url)))
     else:
@@ -56,21 +56,11 @@ def docs(
     new = document(whole, version)
     if out is not None:
         text = json.dumps(new, indent=2, ensure_ascii=False) + "\n"
-        _write(out, {"asyncapi.json": text, "index.html": page(whole, new)})
+        write(out, {"asyncapi.json": text, "index.html": page(whole, new)})
         events, services = plural(len(whole.events), "event"), plural(len(whole.services), "service")
         click.echo(f"{out}: asyncapi.json and index.html, {events} of {services}")
     if old is not None and _tell(old, new):
         ctx.exit(FAILED)
-
-
-def _write(folder: Path, files: dict[str, str]) -> None:
-    """Raises ConfigError."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for name, text in files.items():
-            (folder / name).write_text(text, "utf-8")
-    except OSError as error:
-        raise ConfigError(f"{folder}: {error.strerror}") from None
 
 
 def _tell(old: dict[str, Any], new: dict[str, Any]) -> bool:
@@ -90,20 +80,3 @@ def _tell(old: dict[str, Any], new: dict[str, Any]) -> bool:
             err=True,
         )
     return breaking > 0
-
-
-def _read(path: Path) -> dict[str, Any]:
-    """A document of ours. Raises ConfigError."""
-    try:
-        found = json.loads(path.read_text("utf-8"))
-    except OSError as error:
-        raise ConfigError(f"{path}: {error.strerror}") from None
-    except ValueError as error:
-        raise ConfigError(f"{path} is no JSON: {error}") from None
-    try:
-        messages = found["components"]["messages"].values()
-        if not all("x-stentor" in message for message in messages) or "channels" not in found:
-            raise KeyError
-    except (KeyError, TypeError, AttributeError):
-        raise ConfigError(f"{path} is no document that `stentor docs` wrote") from None
-    return dict(found)
