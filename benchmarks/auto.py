@@ -2,8 +2,9 @@
 
 The places are connections of PostgreSQL, or those of an HTTP service.
 
-The app runs on the memory broker with events always waiting, for some seconds; the last ones count. ``simulated`` sends
-the limiter through six kinds of services that change (``limiter_model.py``).
+The app runs on the memory broker with events always waiting, for some seconds; the last ones count. Then the HTTP
+service loses half of its places while the app runs, gets them back, and as many more. ``simulated`` sends the limiter
+through six kinds of services that change (``limiter_model.py``).
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import asyncio
 import math
 import statistics
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
@@ -28,32 +29,48 @@ PLACES = {"4": 4, "20": 20, "100": 100, "http": 20}
 FIXED = (2, 4, 6, 8, 16, 20, 24, 32, 48, 64, 80, 100, 128, 160)
 WARM, COUNTED = 5.0, 4.0
 SLEEP = "SELECT pg_sleep(0.010)"
-_places = asyncio.Semaphore(PLACES["http"])
+CHANGES = (20, 10, 20, 40)
+"""The places of the HTTP service, in phases of so many seconds, each looked at by windows."""
+PHASE, WINDOW = 6.0, 0.5
+CHANGING = ("auto", "8", "16", "24", "32", "48")
+"""The settings that go through it: among the fixed ones is a good one for each phase."""
+_held = {"places": asyncio.Semaphore(PLACES["http"])}
 
 
 async def service(scope: Any, receive: Any, send: Any) -> None:
-    """Answer when one of the places was held for 10 ms."""
+    """Answer when one of the places was held for 10 ms; ``.../places/N`` sets their number."""
     await receive()
-    async with _places:
-        await asyncio.sleep(0.010)
+    head, _, number = scope["path"].rpartition("/places/")
+    if head:
+        _held["places"] = asyncio.Semaphore(int(number))
+    else:
+        async with _held["places"]:
+            await asyncio.sleep(0.010)
     await send({"type": "http.response.start", "status": 204, "headers": []})
     await send({"type": "http.response.body"})
+
+
+@asynccontextmanager
+async def _site() -> AsyncIterator[Callable[..., Awaitable[object]]]:
+    """A function that asks the HTTP service for a path."""
+    import aiohttp
+
+    with served("benchmarks.auto:service") as url:
+        async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
+
+            async def get(path: str = "") -> object:
+                async with session.get(url + path) as answer:
+                    return await answer.read()
+
+            yield get
 
 
 @asynccontextmanager
 async def _called(folder: Path, name: str) -> AsyncIterator[Callable[[], Awaitable[object]]]:
     """What a handler calls, with so many places."""
     if name == "http":
-        import aiohttp
-
-        with served("benchmarks.auto:service") as url:
-            async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
-
-                async def get() -> object:
-                    async with session.get(url) as answer:
-                        return await answer.read()
-
-                yield get
+        async with _site() as get:
+            yield get
         return
     import psycopg_pool
 
@@ -70,40 +87,76 @@ async def _called(folder: Path, name: str) -> AsyncIterator[Callable[[], Awaitab
         yield ask
 
 
-async def _run(folder: Path, name: str, limit: Any) -> tuple[float, float, float]:
-    """Events a second, the p99 of the handler in ms, and the limit."""
+Times = list[tuple[float, float]]
+"""When each call ended, and how long it took."""
+
+
+async def _busy(
+    limit: Any, call: Callable[[], Awaitable[object]], phases: Sequence[tuple[float, Callable[[], Awaitable[object]]]]
+) -> tuple[Times, list[float], float]:
+    """Run with events always waiting through phases, each of so many seconds after a step.
+
+    The calls, when each phase and the last one ended, and the limit then.
+    """
     from stentor import App, Event, Group
 
     class Job(Event, topic="jobs", type="bench.job"):
         n: int
 
     app = App("bench", broker="memory://")
-    times: list[tuple[float, float]] = []
+    times: Times = []
+    ends: list[float] = []
 
-    async with _called(folder, name) as call:
+    @app.on(Job, group=Group("work", concurrency=limit))
+    async def work(job: Job) -> None:
+        began = time.perf_counter()
+        await call()
+        ended = time.perf_counter()
+        times.append((ended, ended - began))
 
-        @app.on(Job, group=Group("work", concurrency=limit))
-        async def work(job: Job) -> None:
-            began = time.perf_counter()
-            await call()
-            ended = time.perf_counter()
-            times.append((ended, ended - began))
-
-        async with app:
-            began = time.perf_counter()
-            number = 0
-            while time.perf_counter() - began < WARM + COUNTED:
+    async with app:
+        number = 0
+        for seconds, step in phases:
+            await step()
+            ends.append(time.perf_counter() + seconds)
+            while time.perf_counter() < ends[-1]:
                 while number - len(times) < 2000:
                     await app.publish([Job(n=number + n) for n in range(500)])
                     number += 500
                 await asyncio.sleep(0.05)
-            assert app.program is not None
-            [worker] = app.program.workers
-            most = worker.most
-            now = time.perf_counter()
-            await app.program.stop(0)
+        assert app.program is not None
+        [worker] = app.program.workers
+        most = worker.most
+        await app.program.stop(0)
+    return times, ends, most
+
+
+async def _nothing() -> None:
+    pass
+
+
+async def _run(folder: Path, name: str, limit: Any) -> tuple[float, float, float]:
+    """Events a second, the p99 of the handler in ms, and the limit."""
+    async with _called(folder, name) as call:
+        times, [now], most = await _busy(limit, call, [(WARM + COUNTED, _nothing)])
     counted = [took for ended, took in times if now - COUNTED <= ended <= now]
     return len(counted) / COUNTED, high(counted) * 1000, most
+
+
+async def _changing(limit: Any) -> Figures:
+    """For each phase events a second and p99 of its last half, and events a second in each window of it."""
+    figures: dict[str, float] = {}
+    async with _site() as get:
+        steps = [(PHASE, partial(get, f"/places/{places}")) for places in CHANGES]
+        times, ends, _ = await _busy(limit, get, steps)
+    for phase, end in enumerate(ends):
+        counted = [took for ended, took in times if end - PHASE / 2 <= ended <= end]
+        figures[f"change{phase}"] = len(counted) / (PHASE / 2)
+        figures[f"slow{phase}"] = high(counted) * 1000
+        for window in range(int(PHASE / WINDOW)):
+            begin = end - PHASE + window * WINDOW
+            figures[f"window{phase}.{window}"] = sum(begin <= ended < begin + WINDOW for ended, _ in times) / WINDOW
+    return figures
 
 
 def setting(limit: Any, folder: Path) -> Figures:
@@ -113,6 +166,8 @@ def setting(limit: Any, folder: Path) -> Figures:
         if limit != "auto" and not places / 2 <= limit <= 2 * places:
             continue
         figures[f"rate{pool}"], figures[f"p99_{pool}"], figures[f"limit{pool}"] = asyncio.run(_run(folder, pool, limit))
+    if f"{limit}" in CHANGING:
+        figures |= asyncio.run(_changing(limit))
     return figures
 
 
@@ -158,7 +213,34 @@ def bars(results: Results) -> list[Bar]:
             Bar(f"places, {pool}: p99, times that of {good}",
                 results.ratios("auto", good, f"p99_{pool}"), 1.25, at_least=False),
         ]  # fmt: skip
-    return found
+    return found + _change_bars(results)
+
+
+def _change_bars(results: Results) -> list[Bar]:
+    """Of all phases and rounds: what was reached of the best fixed setting of the phase, and after how long."""
+    shares: list[float] = []
+    slower: list[float] = []
+    after: list[float] = []
+    for phase in range(len(CHANGES)):
+        rates = {name: results.values(name, f"change{phase}") for name in CHANGING}
+        if not all(rates.values()):
+            return []
+        best = max(CHANGING[1:], key=lambda name: statistics.median(rates[name]))
+        shares += results.ratios("auto", best, f"change{phase}")
+        slower += results.ratios("auto", best, f"slow{phase}")
+        good = 0.9 * statistics.median(rates[best])
+        windows = [results.values("auto", f"window{phase}.{number}") for number in range(int(PHASE / WINDOW))]
+        for one in zip(*windows, strict=True):
+            reached = next((number for number, rate in enumerate(one) if rate >= good), None)
+            after.append(math.inf if reached is None else (reached + 1) * WINDOW)
+    tenth = sorted(shares)[len(shares) // 10]
+    return [
+        Bar("changing places: events/s, median share of the best", [statistics.median(shares)], 0.95, at_least=True),
+        Bar("changing places: worst tenth", [tenth], 0.80, at_least=True),
+        Bar("changing places: p99, worst tenth", [sorted(slower)[-1 - len(slower) // 10]], 1.25, at_least=False),
+        Bar("changing places: phases that converge", [sum(map(math.isfinite, after)) / len(after)], 1.0, at_least=True),
+        Bar("changing places: median seconds until then", [statistics.median(after)], 5, at_least=False),
+    ]
 
 
 def _start(folder: Path) -> Figures:
@@ -177,6 +259,7 @@ ROW = Row(
     columns={
         **{f"{kind}{pool}": f"{text} {pool}" for pool in PLACES
            for kind, text in (("rate", "events/s"), ("p99_", "p99 ms"), ("limit", "limit"))},
+        **{f"change{phase}": f"{places} then" for phase, places in enumerate(CHANGES)},
         "median": "median", "tenth": "worst tenth", "p99": "p99", "converged": "converged", "seconds": "after s",
     },
     base="auto",
