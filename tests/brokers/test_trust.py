@@ -117,7 +117,7 @@ async def test_a_server_without_tls_is_told_nothing(kind: str, tmp_path_factory:
     url = server_url(kind, tmp_path_factory)
     address = url.partition("://")[2].rpartition("@")[2]
     broker = connect(f"{url.partition('://')[0]}://user:pass-word@{address}{'&' if '?' in url else '?'}tls=1")
-    others = {"rocketmq": "certificate", "kafka": "PLAINTEXT broker listener", "redis": "Timeout"}
+    others = {"rocketmq": "certificate", "kafka": "SSL_HANDSHAKE", "redis": "Timeout"}
     said = others.get(kind, "(?i)no TLS|support SSL")
     with pytest.raises((AuthenticationFailed, Unavailable), match=said) as caught:
         await broker.open()

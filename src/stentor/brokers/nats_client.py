@@ -104,8 +104,8 @@ class Speaker(Client):
         if "tls" in self.options and writer.get_extra_info("ssl_object") is None:
             writer.close()
             raise nats.errors.Error(PLAIN)
-        if "tls" in self.options:
-            protocol: Any = writer.transport.get_protocol()
+        protocol: Any = writer.transport.get_protocol()
+        if "tls" in self.options and protocol is not None:  # it is None where the server has hung up by now
             protocol._over_ssl = True  # the library did not tell it: asyncio would warn when the server hangs up
         return super()._connect_command()
 
