@@ -139,6 +139,8 @@ class Link:
     async def close(self) -> None:
         self._lose()
         if self._opened:  # a client that never connected cannot be closed
+            if not self.nc.is_connected:
+                self.nc._pending_data_size = 0  # else it writes what is pending to a connection that is closed
             with contextlib.suppress(nats.errors.Error, OSError, TimeoutError):
                 await self.nc.close()
 
