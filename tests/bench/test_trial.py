@@ -11,7 +11,7 @@ from stentor import Event
 from stentor.bench import Bench, Job, Report, Result, modelled, rows, work_app
 from stentor.bench.member import _RECORD, Work, poisoned
 from stentor.bench.report import Figure, columns, page
-from stentor.bench.trial import Offer, Stand, member_command, percentiles
+from stentor.bench.trial import Offer, Stand, keeps_up, member_command, percentiles
 from stentor.connect import connect
 from stentor.errors import ConfigError, DefinitionError
 
@@ -91,6 +91,25 @@ def test_the_time_until_it_is_as_before_is_measured_from_the_fault(tmp_path: Pat
     assert result.recovered == pytest.approx(1.5)
 
 
+@pytest.mark.parametrize("kind", ["constant", "poisson"])
+@pytest.mark.parametrize(("rate", "kept"), [(300, True), (380, True), (440, False), (532, False)])
+def test_a_rate_is_kept_up_with_as_long_as_the_backlog_does_not_grow(kind: str, rate: float, *, kept: bool) -> None:
+    """Of 400/s, in a step so short that even at 532/s nothing waits for as long as a limit of p99 allows."""
+    load = modelled(kind, rate, 2)
+    free, took = 0.0, []
+    for at in load.at:
+        free = max(free, at) + 1 / 400
+        took.append((at, free - at))
+    assert max(late for _, late in took) < 0.7
+    assert keeps_up(took) == kept
+
+
+def test_one_stall_in_a_step_is_no_backlog_that_grows() -> None:
+    load = modelled("constant", 1000, 2)
+    assert keeps_up([(at, max(0.01, 1.9 - at) if at > 1.7 else 0.01) for at in load.at])
+    assert not keeps_up([])
+
+
 def test_percentiles_of_nothing_are_none() -> None:
     assert percentiles([]) == {}
     assert percentiles([3.0]) == dict.fromkeys(("p50", "p90", "p95", "p99", "p999", "max"), 3.0)
@@ -110,6 +129,12 @@ def test_runs_come_together_as_median_and_range() -> None:
     assert row.throughput == Figure(99, 90, 100)
     assert (row.runs, row.lost) == (3, 3)
     assert columns("load", 0.5, row)["X"] == "99/s (90/s to 100/s)"
+
+
+def test_a_ramp_says_between_which_rates_the_largest_lies() -> None:
+    [row] = rows([result(kind="ramp", largest=x, exceeded=400 * 1.1) for x in (400.0, 400.0)])
+    assert row.largest == Figure(400.0, 400.0, 400 * 1.1)
+    assert columns("ramp", 0.5, row)["most with p99 below 500 ms"] == "400/s to 440/s"
 
 
 def test_the_page_stands_alone_and_says_what_was_lost() -> None:
@@ -145,6 +170,20 @@ async def test_a_run_on_a_file_loses_nothing(kind: str, tmp_path: Path) -> None:
     assert result.dead == (2 if kind == "poison" else 0)
     if kind != "kill":
         assert result.doubled == 0
+
+
+@pytest.mark.slow
+async def test_a_ramp_finds_what_its_handlers_can_do(tmp_path: Path) -> None:
+    """Eight at once of 20 ms each are 400/s at most."""
+    made = bench(
+        app=work_app(0.02, 0, 8), load=modelled("poisson", 100, 2), events=lambda n: Work(key=f"k{n}", n=n),
+        job=Job(url="", ledger="", groups=[], service=0.02, cv=0, concurrency=8),
+    )  # fmt: skip
+    result = await made.run(f"sqlite:///{tmp_path}/bench.db", "ramp")
+    assert result.largest is not None
+    assert result.exceeded is not None
+    assert 280 < result.largest < 410
+    assert 300 < result.exceeded <= result.largest * 1.1
 
 
 @pytest.mark.slow

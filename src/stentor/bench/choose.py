@@ -42,7 +42,7 @@ class Measured(Struct, kw_only=True):
     server: str
     features: Features
     largest: Figure | None = None
-    """The largest rate that was kept up with."""
+    """The largest rate that was kept up with, from there to the least that was too much."""
     drained: Figure | None = None
     """Worked off of a backlog."""
     published: Figure | None = None

@@ -26,7 +26,7 @@ KINDS = {
     "slow": f"one worker takes {SLOW * 1e3:g} ms longer for each event in the second third of the time",
     "poison": f"the handler refuses one event in {POISON} for good",
     "backlog": "events are published as fast as it goes while nobody handles them, then worked off",
-    "ramp": "the largest rate that is kept up with",
+    "ramp": "between which two rates the largest lies that is kept up with",
 }
 
 
@@ -105,12 +105,19 @@ def rows(results: Sequence[Result]) -> list[Row]:
         found.append(
             Row(
                 first.broker, url, kind, first.durable, len(some), first.rate, of(lambda one: one.throughput),
-                of(lambda one: one.published or None), of(lambda one: one.largest),
+                of(lambda one: one.published or None), _largest(some),
                 percentiles(lambda one: one.confirm), percentiles(lambda one: one.latency),
                 of(lambda one: one.recovered), *(sum(getattr(one, name) for one in some) for name in _COUNTS),
             )
         )  # fmt: skip
     return found
+
+
+def _largest(some: Sequence[Result]) -> Figure | None:
+    """Of ramps: a run tells between which two rates the largest lies, and no more."""
+    found = figure([one.largest for one in some if one.largest is not None])
+    over = [one.exceeded for one in some if one.exceeded is not None]
+    return found and Figure(found.median, found.least, max([found.most, *over]))
 
 
 _COUNTS = ("lost", "doubled", "disordered", "dead")
@@ -191,7 +198,7 @@ def columns(kind: str, limit: float, row: Row | None = None) -> dict[str, str]:
     """The columns of a kind's table, with the cells of a row."""
     made: list[tuple[str, Callable[[Row], str]]] = [("broker", lambda r: r.broker), ("survives", lambda r: r.durable)]
     if kind == "ramp":
-        made += [(f"most with p99 below {short_time(limit)}", lambda r: _show(r.largest, per_second))]
+        made += [(f"most with p99 below {short_time(limit)}", lambda r: _between(r.largest))]
     elif kind == "backlog":
         made += [
             ("published", lambda r: _show(r.published, per_second)),
@@ -222,6 +229,10 @@ def _show(value: Figure | None, text: Callable[[float], str]) -> str:
     if value.least == value.most:
         return shown
     return f"{shown} ({text(value.least)} to {text(value.most)})"
+
+
+def _between(value: Figure | None) -> str:
+    return "" if value is None else f"{per_second(value.least)} to {per_second(value.most)}"
 
 
 def _plots(kind: str, results: Sequence[Result]) -> Iterator[str]:

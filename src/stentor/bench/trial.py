@@ -21,6 +21,7 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
+from statistics import median
 from typing import Any
 from zlib import crc32
 
@@ -46,6 +47,8 @@ QUIET = 0.5
 """Seconds without any handling after which the dead letters are looked at."""
 FACTOR = 1.1
 """A ramp ends when the largest rate is known to within this factor."""
+SHORT = 0.02
+"""A rate is kept up with if no more than this share of it is left undone."""
 FAULTS = ("kill", "slow", "poison", "restart")
 _POINTS = [*(n / 100 for n in range(0, 90, 5)), *(1 - 0.1**n for n in (1, 1.3, 1.7, 2, 2.3, 2.7, 3, 3.5, 4, 5))]
 _BINS = 60
@@ -67,6 +70,8 @@ class Result(Struct, kw_only=True):
     """Of a backlog: confirmed a second, as fast as it goes."""
     largest: float | None = None
     """Of a ramp: the largest rate that was kept up with."""
+    exceeded: float | None = None
+    """Of a ramp: the least rate that was too much; what it could do at most lies between the two."""
     durable: str = ""
     """What a confirmed event survived: "process", "host" or "replica"."""
     confirm: dict[str, float] = {}
@@ -103,7 +108,7 @@ class Bench(Struct, kw_only=True):
     job: Job
     workers: int = 1
     limit: float = 0.5
-    """A ramp's rate is kept up with if p99 stays below so many seconds."""
+    """A ramp's rate is kept up with if p99 stays below so many seconds, and the backlog does not grow."""
     during: float = 10.0
     restart: str = ""
     """A shell command that restarts the broker."""
@@ -111,7 +116,7 @@ class Bench(Struct, kw_only=True):
     @property
     def step(self) -> float:
         """Seconds of each rate of a ramp."""
-        return max(1.0, self.during / 4)
+        return max(2.0, self.during / 4)
 
     async def run(self, url: str, kind: str, events: int = 0) -> Result:
         """One run: "load", "ramp", "backlog" of ``events`` events, or one of FAULTS.
@@ -322,17 +327,22 @@ class Stand:
                     self.dead.add((n, number))
         return len(self.dead) - before
 
+    def times(self, offer: Offer) -> dict[tuple[int, int], float]:
+        """How long after it was due each event of an offer had been handled, in the order in which they ended."""
+        last = offer.first + len(offer.at)
+        return {
+            (n, group): ended - offer.began - offer.at[n - offer.first]
+            for (n, group), ended in self.ends.items()
+            if offer.first <= n < last
+        }
+
     def judge(self, offer: Offer, kind: str, fault_at: float | None = None) -> Result:
         """What became of an offer."""
         self.look()
         last = offer.first + len(offer.at)
         wanted = {pair for pair in self.wanted if offer.first <= pair[0] < last}
         recovered = None
-        times = {
-            (n, group): self.ends[n, group] - offer.began - offer.at[n - offer.first]
-            for n, group in self.ends
-            if offer.first <= n < last
-        }
+        times = self.times(offer)
         if fault_at is not None:
             recovered = _recovered(offer, times, fault_at)
         dead = wanted & self.dead
@@ -382,6 +392,22 @@ def percentiles(ordered: Sequence[float]) -> dict[str, float]:
 
 def _at(ordered: Sequence[float], share: float) -> float:
     return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
+
+
+def keeps_up(took: Sequence[tuple[float, float]]) -> bool:
+    """Whether the backlog stays as it is, by when each event was due and how long after it had been handled.
+
+    Where a share x of the rate is left undone, each event takes x of the time since the first one longer. So the
+    medians of the first and the last third tell x long before the latency itself is large. A step of few events says
+    it less exactly: about as many may come at once by chance as the root of their number.
+    """
+    ordered = [late for _, late in sorted(took)]
+    third = len(ordered) // 3
+    if not third:
+        return False
+    grew = median(ordered[-third:]) - median(ordered[:third])
+    between = (max(took)[0] - min(took)[0]) * 2 / 3
+    return grew <= max(SHORT, 0.7 / math.sqrt(len(ordered))) * between
 
 
 def _recovered(offer: Offer, times: dict[tuple[int, int], float], fault_at: float) -> float:
@@ -452,25 +478,32 @@ async def _load(found: Stand, kind: str) -> Result:
 
 
 async def _ramp(found: Stand) -> Result:
-    """Double the rate until it is too much, then halve the gap between what was kept up with and what was not."""
+    """Double the rate until it is too much, then halve the gap between what was kept up with and what was not.
+
+    A rate is too much when it is so twice: a stall of the machine would end the search far below what is looked for.
+    """
     bench = found.bench
     step = bench.step
     best: Result | None = None
     low, high = 0.0, math.inf
     rate = bench.load.rate
+    failed = False
     while best is None or low == 0.0 or high == math.inf or high / low > FACTOR:
         offer = await found.offer(found.prepare(bench.load.at_rate(rate, step).at))
         await found.drained()
         result = found.judge(offer, "ramp")
-        if result.lost == 0 and result.latency["p99"] <= bench.limit:
-            best, low = result, rate
+        took = [(offer.at[n - offer.first], late) for (n, _), late in found.times(offer).items()]
+        if result.lost == 0 and result.latency.get("p99", math.inf) <= bench.limit and keeps_up(took):
+            best, low, failed = result, rate, False
             rate = 2 * rate if high == math.inf else math.sqrt(low * high)
+        elif not failed:
+            failed = True
         else:
-            best, high = best or result, rate
+            best, high, failed = best or result, rate, False
             rate = rate / 2 if low == 0.0 else math.sqrt(low * high)
         if rate * step < 2:
             break
-    return msgspec.structs.replace(best, largest=low)
+    return msgspec.structs.replace(best, largest=low, exceeded=high)
 
 
 async def _backlog(found: Stand, events: int) -> Result:
