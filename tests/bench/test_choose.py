@@ -51,6 +51,16 @@ def test_half_as_good_is_half_the_score() -> None:
     assert (score.value, score.raw) == (0.5, "500/s kept up with")
 
 
+def test_what_a_kill_did_not_touch_is_best_and_not_unknown() -> None:
+    untouched, back = measured("redis", recovered=exactly(0)), measured("kafka", recovered=exactly(10))
+    found = choose([untouched, back], Wish())
+    one, other = (place.scores["fault tolerance"] for place in found.places)
+    assert one is not None
+    assert other is not None
+    assert (one.value, one.raw) == (1, "as before 0 s after a kill")
+    assert other.value == pytest.approx(0.005)
+
+
 def test_nobody_is_ranked_where_the_ranges_meet() -> None:
     first, second = measured("redis", largest=exactly(1000, 100)), measured("kafka", largest=exactly(950, 100))
     assert choose([first, second], Wish()).tied == ["kafka"]

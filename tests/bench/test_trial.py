@@ -91,6 +91,28 @@ def test_the_time_until_it_is_as_before_is_measured_from_the_fault(tmp_path: Pat
     assert result.recovered == pytest.approx(1.5)
 
 
+def test_one_late_event_does_not_say_when_it_is_as_before(tmp_path: Path) -> None:
+    found = stand(tmp_path)
+    offer = found.prepare([n / 100 for n in range(900)])
+    took = dict.fromkeys(range(900), 0.01) | {500: 0.9, 700: 0.8}  # now and then one is late, fault or not
+    write(found, offer, *took.items())
+    assert found.judge(offer, "restart", fault_at=3.0).recovered == 0
+    (tmp_path / "again").mkdir()
+    again = stand(tmp_path / "again")
+    took |= {n: 4.0 - n / 100 for n in range(295, 400)}  # and nothing ends between 2.95 and 4 s
+    offer = again.prepare([n / 100 for n in range(900)])
+    write(again, offer, *took.items())
+    assert again.judge(offer, "restart", fault_at=3.0).recovered == pytest.approx(1.0)
+
+
+def test_it_is_not_as_before_while_a_part_of_the_events_waits(tmp_path: Path) -> None:
+    """One of four workers is killed, and the keys that it had wait for two seconds."""
+    found = stand(tmp_path)
+    offer = found.prepare([n / 100 for n in range(900)])
+    write(found, offer, *((n, 5.0 - n / 100 if n % 4 == 0 and 300 <= n < 500 else 0.01) for n in range(900)))
+    assert found.judge(offer, "kill", fault_at=3.0).recovered == pytest.approx(2.0)
+
+
 @pytest.mark.parametrize("kind", ["constant", "poisson"])
 @pytest.mark.parametrize(("rate", "kept"), [(300, True), (380, True), (440, False), (532, False)])
 def test_a_rate_is_kept_up_with_as_long_as_the_backlog_does_not_grow(kind: str, rate: float, *, kept: bool) -> None:

@@ -19,6 +19,8 @@ from stentor.errors import DefinitionError
 CRITERIA = ("performance", "scalability", "reliability", "fault tolerance", "integration", "cost")
 LEVELS: dict[Durable, float] = {"process": 1 / 3, "host": 2 / 3, "replica": 1.0}
 """What reliability is worth at most, by what a confirmed event survives."""
+NOISE = 0.05
+"""Seconds: no event counts as late after a fault that took less."""
 NEEDS: dict[str, tuple[str, Callable[[Measured], bool | None]]] = {
     "replay": ("a group can be set back", lambda one: one.features.replay),
     "cancel": ("a delayed event can be taken back", lambda one: one.features.cancel),
@@ -207,7 +209,7 @@ def _scores(left: Sequence[Measured], wish: Wish) -> dict[str, dict[str, Score |
     largest = _compared([one.largest for one in left], "{:,.0f}/s kept up with")
     drained = _compared([one.drained for one in left], "{:,.0f}/s worked off")
     quick = _compared([one.p99 for one in left], "99 % handled within {:.3g} s", less=True)
-    back = _compared([one.recovered for one in left], "as before {:.3g} s after a kill", less=True)
+    back = _compared([one.recovered for one in left], "as before {:.3g} s after a kill", less=True, floor=NOISE)
     cost = _cost(left, wish)
     found: dict[str, dict[str, Score | None]] = {}
     for n, one in enumerate(left):
@@ -227,19 +229,21 @@ def _scores(left: Sequence[Measured], wish: Wish) -> dict[str, dict[str, Score |
     return found
 
 
-def _compared(figures: Sequence[Figure | None], text: str, *, less: bool = False) -> list[Score | None]:
-    """Each beside the best: 1 is as good as the best median, 0.5 half as good."""
-    medians = [figure.median for figure in figures if figure is not None and figure.median > 0]
+def _compared(
+    figures: Sequence[Figure | None], text: str, *, less: bool = False, floor: float = 1e-9
+) -> list[Score | None]:
+    """Each beside the best: 1 is as good as the best median, 0.5 half as good; below the floor all are alike."""
+    medians = [max(floor, figure.median) for figure in figures if figure is not None]
     if not medians:
         return [None] * len(figures)
     best = min(medians) if less else max(medians)
 
     def score(figure: Figure) -> Score:
-        ends = (figure.median, figure.least, figure.most)
+        ends = (max(floor, end) for end in (figure.median, figure.least, figure.most))
         value, one, other = (min(1.0, best / end if less else end / best) for end in ends)
         return Score(value, min(one, other), max(one, other), text.format(figure.median))
 
-    return [None if figure is None or figure.median <= 0 else score(figure) for figure in figures]
+    return [None if figure is None else score(figure) for figure in figures]
 
 
 def _exact(value: float, raw: str) -> Score:

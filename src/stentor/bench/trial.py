@@ -47,6 +47,8 @@ QUIET = 0.5
 """Seconds without any handling after which the dead letters are looked at."""
 FACTOR = 1.1
 """A ramp ends when the largest rate is known to within this factor."""
+WINDOW = 0.5
+"""Seconds after a fault that are looked at together: whether events take no longer than before it."""
 SHORT = 0.02
 """A rate is kept up with if no more than this share of it is left undone."""
 FAULTS = ("kill", "slow", "poison", "restart")
@@ -89,7 +91,7 @@ class Result(Struct, kw_only=True):
     fault_at: float | None = None
     """Seconds after the begin."""
     recovered: float | None = None
-    """Seconds from the fault until events took no longer than before it."""
+    """Seconds from the fault until the last events ended that it made late; 0 if it made none late."""
     timeline: list[tuple[float, int, int]] = []
     """Up to each second: how many were due, and how many handled."""
 
@@ -344,7 +346,7 @@ class Stand:
         recovered = None
         times = self.times(offer)
         if fault_at is not None:
-            recovered = _recovered(offer, times, fault_at)
+            recovered = _recovered(_late(offer, times), fault_at)
         dead = wanted & self.dead
         ended = sorted(self.ends[pair] - offer.began for pair in times)
         span = offer.at[-1]
@@ -394,6 +396,11 @@ def _at(ordered: Sequence[float], share: float) -> float:
     return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
 
 
+def _late(offer: Offer, times: dict[tuple[int, int], float]) -> list[tuple[float, float]]:
+    """When each event was due, and how long after that it had been handled."""
+    return [(offer.at[n - offer.first], late) for (n, _), late in times.items()]
+
+
 def keeps_up(took: Sequence[tuple[float, float]]) -> bool:
     """Whether the backlog stays as it is, by when each event was due and how long after it had been handled.
 
@@ -410,12 +417,25 @@ def keeps_up(took: Sequence[tuple[float, float]]) -> bool:
     return grew <= max(SHORT, 0.7 / math.sqrt(len(ordered))) * between
 
 
-def _recovered(offer: Offer, times: dict[tuple[int, int], float], fault_at: float) -> float:
-    """How long after the fault the last event ended that took longer than those before it."""
-    before = sorted(took for (n, _), took in times.items() if offer.at[n - offer.first] + took < fault_at)
+def _recovered(took: Sequence[tuple[float, float]], fault_at: float) -> float:
+    """How long after the fault the last of the events ended that it made late; by when each was due, and how late.
+
+    In a window some are late when they are more than a tenth, and more than one: now and then an event is late without
+    any fault. From the first window after the last of those on it was as before.
+    """
+    before = sorted(late for due, late in took if due + late < fault_at)
     usual = max(2 * _at(before, 0.99), 0.05) if before else 0.05
-    late = [offer.at[n - offer.first] + took for (n, _), took in times.items() if took > usual]
-    return max(0.0, max(late, default=fault_at) - fault_at)
+    windows: dict[int, list[tuple[float, float]]] = {}
+    length = max(WINDOW, 10 * max(took)[0] / len(took)) if took else WINDOW
+    for due, late in took:
+        if due + late >= fault_at:  # those on their way when it came are of the first window
+            windows.setdefault(max(0, int((due - fault_at) / length)), []).append((due, late))
+    over = fault_at
+    for some in windows.values():
+        slow = [due + late for due, late in some if late > usual]
+        if len(slow) > max(1, len(some) / 10):
+            over = max(over, *slow)
+    return over - fault_at
 
 
 @asynccontextmanager
@@ -478,32 +498,33 @@ async def _load(found: Stand, kind: str) -> Result:
 
 
 async def _ramp(found: Stand) -> Result:
-    """Double the rate until it is too much, then halve the gap between what was kept up with and what was not.
-
-    A rate is too much when it is so twice: a stall of the machine would end the search far below what is looked for.
-    """
-    bench = found.bench
-    step = bench.step
+    """Double the rate until it is too much, then halve the gap between what was kept up with and what was not."""
+    step = found.bench.step
     best: Result | None = None
     low, high = 0.0, math.inf
-    rate = bench.load.rate
-    failed = False
+    rate = found.bench.load.rate
     while best is None or low == 0.0 or high == math.inf or high / low > FACTOR:
-        offer = await found.offer(found.prepare(bench.load.at_rate(rate, step).at))
-        await found.drained()
-        result = found.judge(offer, "ramp")
-        took = [(offer.at[n - offer.first], late) for (n, _), late in found.times(offer).items()]
-        if result.lost == 0 and result.latency.get("p99", math.inf) <= bench.limit and keeps_up(took):
-            best, low, failed = result, rate, False
+        result, kept = await _step(found, rate)
+        if not kept:  # a stall of the machine would end the search far below what is looked for
+            result, kept = await _step(found, rate)
+        if kept:
+            best, low = result, rate
             rate = 2 * rate if high == math.inf else math.sqrt(low * high)
-        elif not failed:
-            failed = True
         else:
-            best, high, failed = best or result, rate, False
+            best, high = best or result, rate
             rate = rate / 2 if low == 0.0 else math.sqrt(low * high)
         if rate * step < 2:
             break
     return msgspec.structs.replace(best, largest=low, exceeded=high)
+
+
+async def _step(found: Stand, rate: float) -> tuple[Result, bool]:
+    """A rate of a ramp, and whether it was kept up with."""
+    offer = await found.offer(found.prepare(found.bench.load.at_rate(rate, found.bench.step).at))
+    await found.drained()
+    result = found.judge(offer, "ramp")
+    quick = result.lost == 0 and result.latency.get("p99", math.inf) <= found.bench.limit
+    return result, quick and keeps_up(_late(offer, found.times(offer)))
 
 
 async def _backlog(found: Stand, events: int) -> Result:

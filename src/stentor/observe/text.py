@@ -20,6 +20,8 @@ def per_second(value: float) -> str:
 
 def short_time(value: float) -> str:
     """A short time with three digits: 12.3 ms, 1.20 s."""
+    if not value:
+        return "0 s"
     for limit, factor, unit in ((1e-3, 1e6, "µs"), (1.0, 1e3, "ms")):
         if value < limit:
             return f"{value * factor:.3g} {unit}"
