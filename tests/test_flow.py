@@ -1,6 +1,9 @@
 """λ, X and ρ from what processes tell: the arithmetic, then a real program over HTTP."""
 
 import asyncio
+import json
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from typing import Any
 
 import pytest
@@ -87,3 +90,33 @@ async def test_what_is_no_program_is_told() -> None:
         await site.post(BODY, STRUCTURED)
         with pytest.raises(Unavailable, match="--http"):
             await asyncio.to_thread(read, [f"{site.url}/nothing"])
+
+
+@pytest.mark.parametrize(
+    ("answer", "wrong"),
+    [
+        (b"<html>", "is no JSON"),
+        (b"[]", "Expected `object`, got `array`"),
+        (b'{"groups": [{"pid": 1, "group": "g"}]}', "missing required field `counts` - at `$.groups[0]`"),
+        (b'{"groups": [{"pid": 1, "group": "g", "counts": {"handled": "many"}}]}', "at `$.groups[0].counts.handled`"),
+        (b'{"groups": [%s]}' % json.dumps({**told(1, 0, []), "pid": 1, "service": {}}).encode(), "not a histogram"),
+        (b'{"groups": [%s]}' % json.dumps({**told(1, 0, []), "pid": 1, "counts": {}}).encode(), "handled"),
+    ],
+)
+def test_what_another_program_tells_is_refused_in_one_line(answer: bytes, wrong: str) -> None:
+    class Foreign(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(answer)
+
+        def log_message(self, *_: object) -> None: ...
+
+    with HTTPServer(("127.0.0.1", 0), Foreign) as server:
+        threading.Thread(target=server.handle_request, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}"
+        with pytest.raises(Unavailable) as refused:
+            read([url])
+    assert str(refused.value).startswith(f"{url}/flow: ")
+    assert wrong in str(refused.value)
+    assert str(refused.value).endswith("; is it a program run with --http?")

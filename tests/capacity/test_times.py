@@ -90,7 +90,11 @@ def test_recorded_csv_and_json(tmp_path: Path) -> None:
         ('{"time": 1}\n', "line 1: there is no 'service'"),
         ('{"stentor_handled_total": 1, "service": 1}\n', "line 1: there is no 'time'"),
         ("[1, 2]\n", "line 1: a JSON object"),
-        ("# HELP x\n", "line 1: no JSON"),
+        ("time,service\n1,2\n", "line 1: no JSON: .*; a file of events is CSV .*or has a JSON object a line"),
+        ("# HELP x\n", "line 1: it looks like metrics of Prometheus, .*give the --url of a running program"),
+        ("# TYPE x counter\n", "line 1: it looks like metrics"),
+        ('up{job="a"} 1\n', "line 1: it looks like metrics"),
+        ("process_cpu_seconds_total 12.5\n", "line 1: it looks like metrics"),
     ],
 )
 def test_bad_recordings_name_line_and_fault(tmp_path: Path, text: str, wrong: str) -> None:

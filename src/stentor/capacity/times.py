@@ -6,6 +6,7 @@ import csv
 import json
 import math
 import random
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from statistics import NormalDist, fmean, pstdev
@@ -17,6 +18,8 @@ from stentor.clock import parse_iso
 from stentor.errors import DefinitionError
 
 POINTS = 1000
+_METRICS = re.compile(r"#\s*(HELP|TYPE|UNIT|EOF)\b|[a-zA-Z_:][\w:]*(\{.*\})? +[-+\d.NI]")
+"""A line of the text that /metrics serves."""
 _normal = NormalDist().inv_cdf
 
 
@@ -161,7 +164,12 @@ def _object(line: str, where: str) -> dict[str, Any]:
     try:
         found = json.loads(line)
     except json.JSONDecodeError as error:
-        raise DefinitionError(f"{where}: no JSON: {error.msg}") from None
+        why = f"no JSON: {error.msg}"
+        if _METRICS.match(line):
+            why = "it looks like metrics of Prometheus, without single events; give the --url of a running program"
+        raise DefinitionError(
+            f"{where}: {why}; a file of events is CSV (named .csv) or has a JSON object a line, each with a time"
+        ) from None
     if not isinstance(found, dict):
         raise DefinitionError(f"{where}: a JSON object is wanted")
     return found

@@ -9,13 +9,14 @@ A process tells counts that only grow and histograms that add up (``Health.flow`
 
 from __future__ import annotations
 
-import json
+import http.client
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Sequence
 from typing import Any
 
+import msgspec
 from msgspec import Struct
 
 from stentor.errors import Unavailable
@@ -80,15 +81,54 @@ def by_process(url: str, entries: Sequence[dict[str, Any]]) -> dict[str, dict[st
 
 
 def _ask(url: str) -> dict[str, dict[str, dict[str, Any]]]:
+    """What stands behind a URL tells, of the shape that the arithmetic below relies on."""
     place = f"{url.rstrip('/')}/flow"
     if not place.startswith(("http://", "https://")):
         raise Unavailable(f"{url} is no http:// or https:// URL of a running program")
     try:
         with urllib.request.urlopen(place, timeout=PATIENCE) as answer:  # noqa: S310  the scheme is checked above
-            return by_process(url, json.load(answer)["groups"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+            found = msgspec.json.decode(answer.read())
+        for entry in msgspec.convert(found, _Answer).groups:
+            for histogram in (entry.service, entry.waiting, entry.settling):
+                Histogram.from_dict(histogram)
+        return by_process(url, found["groups"])
+    except (OSError, ValueError, http.client.HTTPException) as error:  # those of msgspec are ValueErrors
         why = error.reason if isinstance(error, urllib.error.URLError) and error.reason else error
+        if isinstance(error, msgspec.DecodeError) and not isinstance(error, msgspec.ValidationError):
+            why = f"it is no JSON ({error})"
         raise Unavailable(f"{place}: {why}; is it a program run with --http?") from None
+
+
+class _Counts(Struct):
+    handled: int
+    dead: int
+    skipped: int
+    retried: int
+
+
+class _Lag(Struct):
+    events: int
+    seconds: float
+    parked: int
+
+
+class _Entry(Struct):
+    pid: int
+    group: str
+    counts: _Counts
+    concurrency: int
+    running: int
+    partitions: int
+    service: dict[str, Any]
+    waiting: dict[str, Any]
+    settling: dict[str, Any]
+    keys: dict[str, int]
+    keyed: int
+    lag: list[_Lag]
+
+
+class _Answer(Struct):
+    groups: list[_Entry]
 
 
 def between(before: Reading, after: Reading) -> list[Flow]:
