@@ -22,6 +22,7 @@ from stentor.capacity import (
     workers_for,
 )
 from stentor.capacity.plot import draw
+from stentor.capacity.queues import stable
 from stentor.errors import DefinitionError
 
 
@@ -128,6 +129,22 @@ def test_backlog_and_outage() -> None:
     assert drain_time(Setup(rate=800, service=[0.02], concurrency=16), 1) == math.inf
 
 
+def test_a_load_of_exactly_what_it_carries_has_no_percentile_and_nothing_that_grows() -> None:
+    found = answer(Setup(rate=800, service=[0.02], concurrency=16))
+    assert (found.closed, found.simulated, found.grows) == (None, None, 0)
+    assert found.notes[0] == (
+        "the load is exactly what it carries: a backlog, once there, is never worked off; no percentile exists"
+    )
+    with pytest.raises(ValueError, match="utilisation is 1: a backlog is never worked off and no percentile"):
+        stable(800, 0.02, 16)
+
+
+@pytest.mark.parametrize("backlog", [-5, math.nan, math.inf])
+def test_a_backlog_is_a_number_of_events(backlog: float) -> None:
+    with pytest.raises(DefinitionError, match="a backlog is 0 events or more, not"):
+        drain_time(Setup(rate=1, service=[0.1]), backlog)
+
+
 def test_known_weak_zones_are_said() -> None:
     assert "one lane" in " ".join(answer(Setup(rate=10, service=fitted(0.01, 2), concurrency=1)).notes)
     assert "bursts" in " ".join(answer(Setup(rate=10, service=[0.01], concurrency=4, arrival_cv=3)).notes)
@@ -135,7 +152,17 @@ def test_known_weak_zones_are_said() -> None:
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"rate": 0}, {"rate": -1}, {"concurrency": 0}, {"hot": 1.5}, {"service": []}, {"service": [0]}, {"ceiling": 0}],
+    [
+        {"rate": 0},
+        {"rate": -1},
+        {"concurrency": 0},
+        {"hot": 1.5},
+        {"service": []},
+        {"service": [0]},
+        {"ceiling": 0},
+        {"arrival_cv": -1},
+        {"arrival_cv": math.nan},
+    ],
 )
 def test_bad_numbers_are_refused(wrong: dict[str, object]) -> None:
     settings: dict[str, object] = {"rate": 1.0, "service": [1.0], **wrong}

@@ -104,6 +104,35 @@ def test_bad_recordings_name_line_and_fault(tmp_path: Path, text: str, wrong: st
         recorded(path)
 
 
+def lines(path: Path, times: list[float]) -> Path:
+    path.write_text("".join(json.dumps({"time": time, "service": 0.1}) + "\n" for time in times), "utf-8")
+    return path
+
+
+@pytest.mark.parametrize(
+    ("times", "wrong"),
+    [
+        ([n / 10 + (n >= 500) * 90_000 for n in range(1000)], "line 501: nothing comes for 25 h before it"),
+        ([n / 10 + (n >= 300) * 90_000 + (n >= 600) * 90_000 for n in range(1000)], "line 301: nothing comes for 25 h"),
+        ([n / 10 + (n >= 999) * 90_000 for n in range(1000)], "line 1000: nothing .* else an event comes every 100 ms"),
+        ([n + (n >= 15) * 60 for n in range(30)], "line 16: nothing comes for 61 s"),
+    ],
+)
+def test_a_hole_is_found_with_its_line_and_its_length(tmp_path: Path, times: list[float], wrong: str) -> None:
+    path = lines(tmp_path / "run.jsonl", times)
+    with pytest.raises(DefinitionError, match=f"{wrong}.*cut the file there, or keep it with --keep-gaps"):
+        recorded(path)
+    assert recorded(path, gaps=True).at[-1] == pytest.approx(times[-1])
+
+
+def test_what_load_has_by_itself_is_no_hole(tmp_path: Path) -> None:
+    for cv in (0, 1, 4, 10):  # bunches
+        recorded(lines(tmp_path / "run.jsonl", list(arrivals(10, [0.1], 5000, cv=cv).at)))
+    nights = [day * 86_400 + 8 * 3600 + n * 3.6 for day in range(9) for n in range(10_000)]  # ten hours of fourteen
+    recorded(lines(tmp_path / "run.jsonl", nights))
+    recorded(lines(tmp_path / "run.jsonl", [0, 0.1, 0.2, 60]))  # so few tell nothing
+
+
 def test_a_recording_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(DefinitionError, match="No such file"):
         recorded(tmp_path / "none.csv")

@@ -43,6 +43,12 @@ def test_an_app_with_its_own_events(shop: Stentor) -> None:
         (("--broker", "sqlite:///b.db", "--speed", "2"), 2, "--speed is for a recorded load"),
         (("--broker", "sqlite:///b.db", "--html", "none/r.html"), 3, "none/r.html: No such file"),
         (("--broker", "sqlite:///b.db", "--rate", "1/h"), 3, "two are the least"),
+        (("--broker", "sqlite:///b.db", "--load", "hole.jsonl"), 3, "line 51: nothing comes for 25 h before it"),
+        (
+            ("--broker", "memory://", "--load", "hole.jsonl", "--keep-gaps", "--speed", "10", "--fault", "kill"),
+            3,
+            "note: it runs for 15 h at least",
+        ),
         (("--broker", "memory://", "--during", "1s"), 3, "lives inside one process; a bench has several"),
         (("--broker", "sqlite:///b.db", "shop", "--events", "e.jsonl", "--group", "none"), 3, "no group 'none'"),
         (("--broker", "sqlite:///b.db", "shop", "--events", "bad.jsonl"), 3, "no event of type 'x'"),
@@ -50,6 +56,8 @@ def test_an_app_with_its_own_events(shop: Stentor) -> None:
 )
 def test_bad_input_gets_one_clear_line(shop: Stentor, args: tuple[str, ...], code: int, wrong: str) -> None:
     (shop.folder / "e.jsonl").write_text('{"type": "shop.ordered", "data": {"customer": "a", "number": 1}}')
+    hole = [json.dumps({"time": n / 10 + (n >= 50) * 90_000}) for n in range(100)]
+    (shop.folder / "hole.jsonl").write_text("\n".join(hole))
     (shop.folder / "bad.jsonl").write_text('{"type": "x", "data": {}}')
     text = shop("bench", *args, code=code)
     assert wrong in " ".join(text.split())

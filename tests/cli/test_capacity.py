@@ -22,6 +22,14 @@ def test_numbers_by_hand(shop: Stentor) -> None:
     assert found["drain"]["seconds"] == pytest.approx(10)
 
 
+def test_a_p99_names_the_partitions_that_its_workers_need(shop: Stentor) -> None:
+    asked = ("--rate", "10000/s", "--service", "100ms", "--p99", "600ms")
+    assert "16 workers, with 16 partitions (now 12)" in shop("capacity", *asked)
+    assert json.loads(shop("capacity", *asked, "--json"))["p99"]["partitions"] == 16
+    assert "1 worker, with 12 partitions as now" in shop("capacity", *NUMBERS, "--p99", "200ms")
+    assert "no number of workers is enough" in shop("capacity", *NUMBERS, "--p99", "10ms")
+
+
 def test_overload_has_no_percentiles(shop: Stentor) -> None:
     found = json.loads(shop("capacity", "--rate", "2k/s", *NUMBERS[2:], "--backlog", "1", "--json"))
     assert found["grows"] == pytest.approx(1200)
@@ -40,6 +48,13 @@ def test_a_recorded_file(shop: Stentor) -> None:
     assert json.loads(shop("capacity", "run.jsonl", "--rate", "40/s", "--json"))["grows"] == 0
 
 
+def test_a_recording_with_a_hole_is_taken_where_that_is_meant(shop: Stentor) -> None:
+    lines = [json.dumps({"time": n / 10 + (n >= 50) * 90_000, "service": 0.01}) for n in range(100)]
+    (shop.folder / "hole.jsonl").write_text("\n".join(lines))
+    found = json.loads(shop("capacity", "hole.jsonl", "--keep-gaps", "--json"))
+    assert found["rate"] == pytest.approx(99 / 90_010, rel=0.01)
+
+
 def test_a_plot(shop: Stentor) -> None:
     shop("capacity", *NUMBERS, "--plot", "knee.svg")
     assert "</svg>" in (shop.folder / "knee.svg").read_text("utf-8")
@@ -56,9 +71,16 @@ def test_a_plot(shop: Stentor) -> None:
         (("--rate", "1/s", "--service", "1s", "--workers", "0"), 3, "workers has to be above 0"),
         (("--rate", "1/s", "--service", "1s", "--plot", "x.txt"), 3, "a plot is a .svg"),
         (("none.csv",), 3, "No such file"),
+        ((*NUMBERS, "--backlog", "-5"), 3, "a backlog is 0 events or more, not -5"),
+        ((*NUMBERS, "--arrival-cv", "-1"), 3, "arrival_cv has to be 0 or more, not -1.0"),
+        (("hole.jsonl",), 3, "hole.jsonl, line 51: nothing comes for 25 h before it"),
+        (("metrics.txt",), 3, "metrics.txt, line 1: it looks like metrics of Prometheus"),
     ],
 )
 def test_bad_input_gets_one_clear_line(shop: Stentor, args: tuple[str, ...], code: int, wrong: str) -> None:
+    (shop.folder / "metrics.txt").write_text("# HELP up Whether it is.\nup 1\n")
+    hole = [json.dumps({"time": n / 10 + (n >= 50) * 90_000, "service": 0.01}) for n in range(100)]
+    (shop.folder / "hole.jsonl").write_text("\n".join(hole))
     text = shop("capacity", *args, code=code)
     assert wrong in " ".join(text.split())
     assert "Traceback" not in text

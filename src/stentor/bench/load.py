@@ -65,13 +65,14 @@ def modelled(kind: str, rate: float, during: float) -> Load:
     return Load(name=f"{kind} at {rate:,.6g}/s", at=at, kind=kind)
 
 
-def trace(path: Path, speed: float = 1.0) -> Load:
+def trace(path: Path, speed: float = 1.0, *, gaps: bool = False) -> Load:
     """A recorded load, ``speed`` times as fast: CSV or JSON Lines with a ``time`` in each row, in order.
 
     Raises:
-        DefinitionError: The file is not like that; the message names the line and what is wrong with it.
+        DefinitionError: The file is not like that, or has a hole (unless ``gaps``); the message names the line and
+            what is wrong with it.
     """
-    times = recorded(path, service=False)
+    times = recorded(path, service=False, gaps=gaps)
     name = f"{path.name} at {speed:g} times its speed" if speed != 1 else path.name
     return Load(name=name, at=[moment / speed for moment in times.at])
 

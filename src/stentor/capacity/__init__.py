@@ -1,7 +1,18 @@
 """What a program can carry: arrival rate λ, service rate μ, throughput X = min(λ, μ), and how long events wait."""
 
 from stentor.capacity.forecast import Forecast, binned, forecast_errors
-from stentor.capacity.plan import Answer, Limit, Setup, answer, drain_time, lag_after, largest_rate, limits, workers_for
+from stentor.capacity.plan import (
+    Answer,
+    Limit,
+    Setup,
+    answer,
+    drain_time,
+    lag_after,
+    largest_rate,
+    limits,
+    partitions_for,
+    workers_for,
+)
 from stentor.capacity.replay import Replayed, replay
 from stentor.capacity.times import Times, arrivals, fitted, recorded
 from stentor.histogram import Histogram
@@ -23,6 +34,7 @@ __all__ = [
     "lag_after",
     "largest_rate",
     "limits",
+    "partitions_for",
     "recorded",
     "replay",
     "workers_for",

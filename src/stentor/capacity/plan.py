@@ -50,6 +50,8 @@ class Setup(Struct, frozen=True, kw_only=True):
         for name in ("ceiling", "source", "broker"):
             if getattr(self, name) is not None and not getattr(self, name) > 0:
                 raise DefinitionError(f"{name} has to be above 0, not {getattr(self, name)}")
+        if not 0 <= self.arrival_cv < math.inf:
+            raise DefinitionError(f"arrival_cv has to be 0 or more, not {self.arrival_cv}")
         if not 0 <= self.hot <= 1:
             raise DefinitionError(f"the share of the hottest key lies between 0 and 1; {self.hot} does not")
         if not self.service or min(self.service) <= 0:
@@ -127,7 +129,7 @@ def answer(setup: Setup, times: Times | None = None) -> Answer:
     """What this program does under its load; ``times`` are recorded events to replay instead of modelled ones."""
     limit = limits(setup)[0]
     throughput = min(setup.rate, limit.rate)
-    steady = setup.rate < limit.rate
+    steady = setup.rate < limit.rate and not math.isclose(setup.rate, limit.rate)
     notes = _notes(setup)
     closed = simulated = None
     if steady:
@@ -137,6 +139,9 @@ def answer(setup: Setup, times: Times | None = None) -> Answer:
             f"p{q * 100:.0f}": latency_quantile(q, setup.rate, thinned, setup.lanes, setup.arrival_cv, setup.service_cv)
             for q in QUANTILES
         }
+    elif math.isclose(setup.rate, limit.rate):
+        why = "the load is exactly what it carries: a backlog, once there, is never worked off; no percentile exists"
+        notes.insert(0, why)
     else:
         notes.insert(0, f"overload: the backlog grows by {setup.rate - limit.rate:,.1f} events/s; no percentile exists")
     if steady:
@@ -178,14 +183,19 @@ def _notes(setup: Setup) -> list[str]:
 def workers_for(setup: Setup, p99: float) -> int | None:
     """The fewest processes that keep p99 (seconds, simulated) at the setup's rate; None when no number does.
 
-    Partitions are taken to be as many as needed.
+    Partitions are taken to be as many as needed: see ``partitions_for``.
     """
 
     def holds(workers: int) -> bool:
-        wider = replace(setup, workers=workers, partitions=max(setup.partitions, workers))
+        wider = replace(setup, workers=workers, partitions=partitions_for(setup, workers))
         return _p99(wider) <= p99
 
     return _least(holds, MOST_WORKERS)
+
+
+def partitions_for(setup: Setup, workers: int) -> int:
+    """The partitions that so many processes need: those that there are, and one for each at least."""
+    return max(setup.partitions, workers)
 
 
 def largest_rate(setup: Setup, p99: float) -> float:
@@ -202,7 +212,13 @@ def largest_rate(setup: Setup, p99: float) -> float:
 
 
 def drain_time(setup: Setup, backlog: float) -> float:
-    """Seconds until ``backlog`` events are worked off while new ones come; infinity when they never are."""
+    """Seconds until ``backlog`` events are worked off while new ones come; infinity when they never are.
+
+    Raises:
+        DefinitionError: The backlog is not a number of 0 or more.
+    """
+    if not 0 <= backlog < math.inf:
+        raise DefinitionError(f"a backlog is 0 events or more, not {backlog:g}")
     spare = limits(setup)[0].rate - setup.rate
     return backlog / spare if spare > 0 else math.inf
 

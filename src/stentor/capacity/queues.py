@@ -28,7 +28,9 @@ def stable(rate: float, service: float, servers: int = 1) -> float:
         ValueError: ρ ≥ 1: waiting grows without end and no percentile of it exists.
     """
     busy = utilisation(rate, service, servers)
-    if busy >= 1:
+    if math.isclose(busy, 1):
+        raise ValueError("utilisation is 1: a backlog is never worked off and no percentile of waiting exists")
+    if busy > 1:
         grows = rate - servers / service
         raise ValueError(
             f"utilisation is {busy:.2f}: the backlog grows by {grows:,.1f} events/s and no percentile of waiting exists"

@@ -8,6 +8,7 @@ import math
 import random
 import re
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 from statistics import NormalDist, fmean, pstdev
 from typing import Any
@@ -16,8 +17,11 @@ from msgspec import Struct
 
 from stentor.clock import parse_iso
 from stentor.errors import DefinitionError
+from stentor.observe.text import short_time, span
 
 POINTS = 1000
+FEW = 20
+"""Events of which no gap is called a hole."""
 _METRICS = re.compile(r"#\s*(HELP|TYPE|UNIT|EOF)\b|[a-zA-Z_:][\w:]*(\{.*\})? +[-+\d.NI]")
 """A line of the text that /metrics serves."""
 _normal = NormalDist().inv_cdf
@@ -114,18 +118,20 @@ def arrivals(rate: float, service: Sequence[float], count: int, *, cv: float = 1
     return Times(at=at, service=chance.choices(service, k=count), keys=keys)
 
 
-def recorded(path: Path, *, service: bool = True) -> Times:
+def recorded(path: Path, *, service: bool = True, gaps: bool = False) -> Times:
     """Events from a file: CSV with a heading, or JSON Lines, with ``time``, ``service`` in seconds, and ``key`` or not.
 
     ``time`` is in seconds since any moment, or RFC 3339. Rows are in order of time. ``service=False`` asks for no
-    service times, and gives none.
+    service times, and gives none. A hole in it, such as a recorder leaves that was off, would make every figure wrong,
+    and is refused; ``gaps=True`` takes it.
 
     Raises:
-        DefinitionError: The file is not like that; the message names the line and what is wrong with it.
+        DefinitionError: The file is not like that, or has a hole; the message names the line and what is wrong with it.
     """
     at: list[float] = []
     services: list[float] = []
     keys: list[str | None] = []
+    lines: list[int] = []
     for line, row in _rows(path):
         where = f"{path}, line {line}"
         now = _number(row, "time", where)
@@ -137,12 +143,32 @@ def recorded(path: Path, *, service: bool = True) -> Times:
         if at and now < at[-1]:
             raise DefinitionError(f"{where}: the time goes back from {at[-1]:g} to {now:g}; sort the file by time")
         at.append(now)
+        lines.append(line)
         keys.append(str(row["key"]) if row.get("key") not in (None, "") else None)
     if len(at) < 2:
         raise DefinitionError(f"{path}: {len(at)} events are too few; a rate needs two at least")
     if at[-1] == at[0]:
         raise DefinitionError(f"{path}: all events have the same time, so there is no rate")
+    hole = None if gaps else _hole(at)
+    if hole is not None:
+        after, usual = hole
+        long = span(at[after] - at[after - 1])
+        raise DefinitionError(
+            f"{path}, line {lines[after]}: nothing comes for {long} before it, where else an event "
+            f"comes every {short_time(usual)}; cut the file there, or keep it with --keep-gaps"
+        )
     return Times(at=[now - at[0] for now in at], service=services, keys=keys if any(keys) else ())
+
+
+def _hole(at: Sequence[float]) -> tuple[int, float] | None:
+    """The event before which nothing came for longer than bunches and nights explain, and the usual gap."""
+    if len(at) < FEW:
+        return None
+    gaps = [later - earlier for earlier, later in pairwise(at)]
+    long, whole = max(gaps), at[-1] - at[0]
+    usual = fmean([gap for gap in gaps if gap <= whole / 10] or [0.0])  # a second hole is not usual either
+    found = (long > whole / 2 and long > 20 * usual) or (long > whole / 10 and long > 1000 * usual)
+    return (gaps.index(long) + 1, usual) if found else None
 
 
 def _rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:

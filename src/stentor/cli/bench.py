@@ -26,11 +26,15 @@ from stentor.broker import Features
 from stentor.cli.capacity import Rate
 from stentor.cli.exits import advise
 from stentor.cli.load import learn_events, load_app
-from stentor.cli.options import duration, json_option
+from stentor.cli.options import duration, gaps_option, json_option
 from stentor.cli.output import plural, print_json, print_table
 from stentor.clock import seconds
 from stentor.connect import BrokerUrl, connect, load
 from stentor.errors import BrokerError, DefinitionError
+from stentor.observe.text import span
+
+LONG = 120.0
+"""Seconds of runs that are told before they begin."""
 
 
 @click.command()
@@ -57,12 +61,13 @@ from stentor.errors import BrokerError, DefinitionError
 @click.option("--keys", type=click.IntRange(1), default=1000, show_default=True, help="Without an app.")
 @click.option("--html", "html_file", type=click.Path(path_type=Path), help="Write the report as one page.")
 @click.option("--member", hidden=True)
+@gaps_option
 @json_option
 def bench(
     target: str | None, urls: tuple[str, ...], file: Path | None, groups: tuple[str, ...], rate: float | None,
     kind: str, speed: float, during: str, repeats: int, workers: int, p99: str, backlog: int | None,
     faults: tuple[str, ...], restart: str | None, service: str | None, cv: float, concurrency: int, keys: int,
-    html_file: Path | None, member: str | None, *, ramp: bool, as_json: bool,
+    html_file: Path | None, member: str | None, *, ramp: bool, keep_gaps: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Put an app under load, on one broker or several, with faults or without.
 
@@ -85,7 +90,7 @@ def bench(
         raise click.UsageError("--fault restart needs --restart COMMAND, which restarts the broker")
     if (target is None) != (file is None):
         raise click.UsageError("an app needs --events FILE with its events, and only an app does")
-    times = _load(kind, rate, speed, seconds(during))
+    times = _load(kind, rate, speed, seconds(during), gaps=keep_gaps)
     wait = seconds(service) if service is not None else 0.0
     app = load_app(target) if target else work_app(wait, cv, concurrency)
     if target:
@@ -101,6 +106,9 @@ def bench(
     if html_file is not None:
         _check_page(html_file)
     kinds = ["load", *faults, *(["backlog"] if backlog else []), *(["ramp"] if ramp else [])]
+    least = times.at[-1] * (1 + len(faults)) * repeats * len(urls)
+    if least >= LONG:
+        advise(f"it runs for {span(least)} at least: the load takes {span(times.at[-1])} each time")
     report = asyncio.run(_run(made, urls, kinds, repeats, backlog or 0))
     if as_json:
         print_json(report)
@@ -119,7 +127,7 @@ def _check_page(file: Path) -> None:
         raise DefinitionError(f"{file}: {error.strerror}") from None
 
 
-def _load(kind: str, rate: float | None, speed: float, during: float) -> Load:
+def _load(kind: str, rate: float | None, speed: float, during: float, *, gaps: bool) -> Load:
     if kind in KINDS:
         if speed != 1:
             raise click.UsageError("--speed is for a recorded load; a modelled one has --rate")
@@ -131,7 +139,7 @@ def _load(kind: str, rate: float | None, speed: float, during: float) -> Load:
         raise click.UsageError("a recorded load has its own rate; --speed 10 makes it ten times as fast")
     if not speed > 0:
         raise click.UsageError(f"--speed has to be above 0, not {speed:g}")
-    return trace(path, speed)
+    return trace(path, speed, gaps=gaps)
 
 
 def _works(keys: int) -> Callable[[int], Any]:

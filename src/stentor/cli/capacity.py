@@ -12,10 +12,22 @@ from typing import TYPE_CHECKING, Any
 import click
 import msgspec
 
-from stentor.capacity import Answer, Setup, Times, answer, drain_time, fitted, lag_after, largest_rate, limits, recorded
+from stentor.capacity import (
+    Answer,
+    Setup,
+    Times,
+    answer,
+    drain_time,
+    fitted,
+    lag_after,
+    largest_rate,
+    limits,
+    partitions_for,
+    recorded,
+)  # fmt: skip
 from stentor.capacity import workers_for as fewest_workers
 from stentor.cli.exits import NotFound, advise
-from stentor.cli.options import duration, json_option
+from stentor.cli.options import duration, gaps_option, json_option
 from stentor.cli.output import plural, print_json, print_table
 from stentor.clock import seconds
 from stentor.event import PARTITIONS
@@ -69,11 +81,12 @@ class Rate(click.ParamType[float]):
 @click.option("--backlog", type=float, metavar="EVENTS", help="Ask: how long until so many events are worked off?")
 @click.option("--outage", metavar="TIME", callback=duration, help="Ask: what waits after an outage of so long?")
 @click.option("--plot", type=click.Path(path_type=Path), help="Draw latency over load into a .svg or .png file.")
+@gaps_option
 @json_option
 def capacity(
     file: Path | None, rate: float | None, service: str | None, cv: float, arrival_cv: float | None, hot: float | None,
     p99: str | None, backlog: float | None, outage: str | None, plot: Path | None, *, urls: tuple[str, ...],
-    group: str | None, during: str, as_json: bool, **size: Any,
+    group: str | None, during: str, keep_gaps: bool, as_json: bool, **size: Any,
 ) -> None:  # fmt: skip
     """Predict throughput and latency, and how many workers a load needs.
 
@@ -83,7 +96,7 @@ def capacity(
     """
     if urls and file is not None:
         raise click.UsageError("give a FILE or --url, not both")
-    times = None if file is None else recorded(file)
+    times = None if file is None else recorded(file, gaps=keep_gaps)
     size["broker"] = size.pop("broker_rate")
     if urls:
         setup = _running(_watched(urls, group, seconds(during)), rate, service, cv, arrival_cv, hot, size)
@@ -161,8 +174,10 @@ def _ask(setup: Setup, p99: str | None, backlog: float | None, outage: str | Non
     asked: dict[str, Any] = {}
     if p99 is not None:
         wanted = seconds(p99)
+        workers = fewest_workers(setup, wanted)
         asked["p99"] = {
-            "seconds": wanted, "workers": fewest_workers(setup, wanted), "largest_rate": largest_rate(setup, wanted),
+            "seconds": wanted, "workers": workers, "partitions": workers and partitions_for(setup, workers),
+            "largest_rate": largest_rate(setup, wanted),
         }  # fmt: skip
     if backlog is not None:
         asked["drain"] = {"events": backlog, "seconds": _finite(drain_time(setup, backlog))}
@@ -198,7 +213,7 @@ def _show(setup: Setup, found: Answer, asked: dict[str, Any]) -> None:
     click.echo()
     bounds = [(one.name, per_second(one.rate), one.advice) for one in limits(setup)]
     print_table(("limit", ">rate", "~what raises it"), bounds)
-    lines = list(_answers(asked))
+    lines = list(_answers(setup, asked))
     if lines:
         click.echo()
         print_table(("question", "~answer"), lines)
@@ -206,11 +221,15 @@ def _show(setup: Setup, found: Answer, asked: dict[str, Any]) -> None:
         advise(note)
 
 
-def _answers(asked: dict[str, Any]) -> Iterator[tuple[str, str]]:
+def _answers(setup: Setup, asked: dict[str, Any]) -> Iterator[tuple[str, str]]:
     if "p99" in asked:
-        wanted, workers, rate = asked["p99"].values()
-        enough = "no number of them is enough" if workers is None else f"{workers}"
-        yield f"workers for a p99 of {short_time(wanted)}", enough
+        wanted, workers, partitions, rate = asked["p99"].values()
+        if workers is None:
+            enough = "no number of workers is enough"
+        else:
+            now = "as now" if partitions == setup.partitions else f"(now {setup.partitions:,})"
+            enough = f"{plural(workers, 'worker')}, with {plural(partitions, 'partition')} {now}"
+        yield f"needed for a p99 of {short_time(wanted)}", enough
         yield (
             f"the largest load for a p99 of {short_time(wanted)}",
             per_second(rate) if rate else "none: one event takes longer",

@@ -21,6 +21,7 @@ broker_option = click.option(
 )
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON Lines, one object a line.")
 yes_option = click.option("--yes", "-y", is_flag=True, help="Do not ask.")
+gaps_option = click.option("--keep-gaps", is_flag=True, help="Take a recorded file as it is, also with a hole in it.")
 dry_run_option = click.option("--dry-run", is_flag=True, help="Say what would be done, and do nothing.")
 
 _AGO = re.compile(r"([\d.a-z]+?)(\s+ago)?")
