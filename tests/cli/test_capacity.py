@@ -1,6 +1,7 @@
 """``stentor capacity`` as people use it."""
 
 import json
+import re
 
 import pytest
 
@@ -58,6 +59,18 @@ def test_a_recording_with_a_hole_is_taken_where_that_is_meant(shop: Stentor) -> 
 def test_a_plot(shop: Stentor) -> None:
     shop("capacity", *NUMBERS, "--plot", "knee.svg")
     assert "</svg>" in (shop.folder / "knee.svg").read_text("utf-8")
+
+
+def test_a_plot_in_the_terminal(shop: Stentor) -> None:
+    text = shop("capacity", *NUMBERS, "--plot", "-")
+    assert "\x1b" not in text, "plain where nobody looks"
+    drawn = text[text.index("from arrival to end, by arrivals") :].splitlines()
+    assert all(len(line) <= 80 for line in drawn)
+    assert "┊ λ now: 500/s   │ limit: 800/s, handlers" in text
+    assert re.search(r"◆ knee: from 7\d\d/s on p99 is over twice that without load", text)
+    assert "--json and --plot - both want standard output" in shop(
+        "capacity", *NUMBERS, "--plot", "-", "--json", code=2
+    )
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,7 +29,7 @@ from stentor.capacity import (
 from stentor.capacity import workers_for as fewest_workers
 from stentor.cli.exits import NotFound, advise
 from stentor.cli.options import duration, gaps_option, json_option
-from stentor.cli.output import plural, print_json, print_table
+from stentor.cli.output import is_terminal, plural, print_json, print_table
 from stentor.clock import seconds
 from stentor.event import PARTITIONS
 from stentor.observe.text import per_second, short_time, span
@@ -80,7 +81,9 @@ class Rate(click.ParamType[float]):
 @click.option("--p99", metavar="TIME", callback=duration, help="Ask: how many workers, and which load, for this p99?")
 @click.option("--backlog", type=float, metavar="EVENTS", help="Ask: how long until so many events are worked off?")
 @click.option("--outage", metavar="TIME", callback=duration, help="Ask: what waits after an outage of so long?")
-@click.option("--plot", type=click.Path(path_type=Path), help="Draw latency over load into a .svg or .png file.")
+@click.option(
+    "--plot", type=click.Path(path_type=Path), help="Draw latency over load into a .svg or .png file; - here."
+)
 @gaps_option
 @json_option
 def capacity(
@@ -96,6 +99,8 @@ def capacity(
     """
     if urls and file is not None:
         raise click.UsageError("give a FILE or --url, not both")
+    if as_json and str(plot) == "-":
+        raise click.UsageError("--json and --plot - both want standard output; give one, or a file to draw into")
     times = None if file is None else recorded(file, gaps=keep_gaps)
     size["broker"] = size.pop("broker_rate")
     if urls:
@@ -105,7 +110,7 @@ def capacity(
     replayed = times if rate is None and service is None else None
     found = answer(setup, replayed)
     asked = _ask(setup, p99, backlog, outage)
-    if plot is not None:
+    if plot is not None and str(plot) != "-":
         from stentor.capacity.plot import draw
 
         draw(setup, plot)
@@ -113,6 +118,8 @@ def capacity(
         print_json({**msgspec.to_builtins(found), "limits": msgspec.to_builtins(limits(setup)), **asked})
         return
     _show(setup, found, asked)
+    if plot is not None and str(plot) == "-":
+        _plot(setup)
 
 
 def _setup(
@@ -219,6 +226,14 @@ def _show(setup: Setup, found: Answer, asked: dict[str, Any]) -> None:
         print_table(("question", "~answer"), lines)
     for note in found.notes:
         advise(note)
+
+
+def _plot(setup: Setup) -> None:
+    from stentor.capacity.plot import text
+
+    colours = {"p50": "green", "p95": "yellow", "p99": "red"} if is_terminal() else {}
+    width = min(shutil.get_terminal_size().columns, 120)
+    click.echo(f"\n{text(setup, width, lambda name, text: click.style(text, fg=colours.get(name)))}")
 
 
 def _answers(setup: Setup, asked: dict[str, Any]) -> Iterator[tuple[str, str]]:
