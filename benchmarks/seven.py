@@ -1,10 +1,11 @@
-"""All seven brokers under one load, in one go: docs/bench/seven.html, and what `stentor choose` ships with.
+"""All seven brokers under one load, in one go: docs/bench/seven.html, what `stentor choose` ships with and says of it.
 
 ``python3 tasks.py seven`` starts the servers, runs ``stentor bench`` on them and on a file, and stops them. It takes a
-quarter of an hour. With a FILE it only writes the two from that report.
+quarter of an hour. With a FILE it only writes the three from that report.
 """
 
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -20,6 +21,8 @@ from stentor.bench.report import page
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "bench" / "seven.html"
 SHIPPED = ROOT / "src" / "stentor" / "bench" / "measured.json"
+GUIDE = ROOT / "docs" / "guides" / "bench.md"
+CHOICE = re.compile(r"(?<=^\$ stentor choose\n).*?(?=^```$)", re.MULTILINE | re.DOTALL)
 SERVERS = ("redis", "postgresql", "nats", "rabbitmq", "rocketmq", "kafka")
 LOAD = ("--during", "4s", "--repeats", "3", "--fault", "kill", "--backlog", "10000", "--ramp", "--json")
 
@@ -38,6 +41,9 @@ def main() -> None:
     PAGE.parent.mkdir(exist_ok=True)
     PAGE.write_text(page(report), "utf-8")
     SHIPPED.write_bytes(msgspec.json.format(msgspec.json.encode(from_report(report))) + b"\n")
+    command = [sys.executable, "-m", "stentor", "choose"]
+    choice = subprocess.run(command, stdout=subprocess.PIPE, text=True, encoding="utf-8", check=True).stdout
+    GUIDE.write_text(CHOICE.sub(lambda _: choice, GUIDE.read_text("utf-8")), "utf-8")
 
 
 if __name__ == "__main__":

@@ -35,6 +35,31 @@ def test_what_cannot_do_what_is_needed_is_out_with_the_reason() -> None:
     assert found.unknown == {"redis": ["replica", "400/s"], "kafka": ["replica"]}
 
 
+def test_what_every_broker_does_may_be_asked_for_too() -> None:
+    found = choose([measured("sqlite"), measured("redis")], Wish(needs=["delay", "order"]))
+    assert found.failed == found.unknown == {}
+    assert found.needs == {broker: {"delay": True, "order": True} for broker in ("sqlite", "redis")}
+
+
+def test_skills_are_a_need_where_that_is_asked() -> None:
+    brokers = [measured("sqlite"), measured("redis")]
+    assert choose(brokers, Wish(needs=["skills"], have=["redis"])).failed == {"sqlite": ["skills"]}
+    assert choose(brokers, Wish(have=["redis"])).failed == {}
+    with pytest.raises(DefinitionError, match="the need of skills asks for --have NAME"):
+        choose(brokers, Wish(needs=["skills"]))
+
+
+def test_each_two_neighbours_whose_ranges_meet_are_named() -> None:
+    brokers = [
+        measured("redis", largest=exactly(1000)), measured("kafka", largest=exactly(700, 50)),
+        measured("nats", largest=exactly(650, 50)), measured("rabbitmq", largest=exactly(610, 20)),
+        measured("rocketmq", largest=exactly(300)),
+    ]  # fmt: skip
+    found = choose(brokers, Wish())
+    assert found.tied == []
+    assert found.alike == [("kafka", "nats"), ("nats", "rabbitmq")]
+
+
 def test_a_p99_counts_only_for_a_rate_that_was_measured() -> None:
     one = measured("redis", p99=exactly(0.05), rate=500)
     assert choose([one], Wish(p99=0.06)).failed == {}
@@ -49,6 +74,9 @@ def test_half_as_good_is_half_the_score() -> None:
     score = found.places[1].scores["performance"]
     assert score is not None
     assert (score.value, score.raw) == (0.5, "500/s kept up with")
+    between = choose([measured("kafka", largest=Figure(500, 480, 550))], Wish()).places[0].scores["performance"]
+    assert between is not None
+    assert between.raw == "480 to 550/s kept up with"
 
 
 def test_what_a_kill_did_not_touch_is_best_and_not_unknown() -> None:
@@ -104,7 +132,7 @@ def test_prices_and_what_runs_already_count() -> None:
 @pytest.mark.parametrize(
     ("wish", "wrong"),
     [
-        (Wish(needs=["speed"]), "there is no need 'speed'; there are replay, "),
+        (Wish(needs=["order", "speed"]), "there is no need 'speed'; there are order, delay, replay, "),
         (Wish(weights={"looks": 1}), "there is no criterion 'looks'; there are performance, "),
         (Wish(have=["sqs"]), "there is no broker 'sqs'; there are redis"),
         (Wish(prices={"sqs": 3}), "there is no broker 'sqs'"),

@@ -1,6 +1,7 @@
 """``stentor bench`` as people use it."""
 
 import json
+import sqlite3
 
 import pytest
 
@@ -29,7 +30,7 @@ def test_an_app_with_its_own_events(shop: Stentor) -> None:
     [result] = report["results"]
     assert (result["events"], result["lost"], result["doubled"]) == (100, 0, 0)
     assert report["app"] == "shop"
-    assert report["servers"]["sqlite:///bench.db"]
+    assert report["servers"]["sqlite:///bench.db"] == f"SQLite {sqlite3.sqlite_version}"
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,11 @@
 """``stentor choose`` as people use it."""
 
 import json
+import re
 
 import pytest
 
+from stentor.bench.choose import shipped
 from tests.cli.conftest import Stentor
 
 
@@ -18,10 +20,23 @@ def test_it_chooses_from_what_is_shipped(shop: Stentor) -> None:
     assert "none of them does all that is needed" in shop("choose", "--rate", "1m/s")
 
 
+def test_it_says_who_does_what_is_needed_and_what_was_measured(shop: Stentor) -> None:
+    text = shop("choose", "--need", "order", "--need", "skills", "--have", "redis", "--have", "sqlite")
+    assert re.search(r"^broker +order +skills$", text, re.MULTILINE)
+    assert re.search(r"^redis +yes +yes$", text, re.MULTILINE)
+    assert re.search(r"^kafka +yes +no$", text, re.MULTILINE)
+    text = shop("choose")
+    assert re.search(r"^redis +Redis 7\S+ ", text, re.MULTILINE)
+    for name in (one.broker for one in shipped().brokers if not re.search(r"\d", one.server)):
+        assert re.search(rf"^{name} +unknown ", text, re.MULTILINE)
+    assert re.search(r"cannot be told apart, as their ranges meet: .*\w and \w", text)
+
+
 @pytest.mark.parametrize(
     ("args", "code", "wrong"),
     [
         (("--need", "speed"), 2, "'speed' is not one of"),
+        (("--need", "skills"), 3, "the need of skills asks for --have NAME"),
         (("--weight", "cost"), 2, "'cost' is no NAME=NUMBER"),
         (("--weight", "looks=2"), 3, "there is no criterion 'looks'"),
         (("--bench", "none.json"), 3, "none.json is no report of `stentor bench --json`"),

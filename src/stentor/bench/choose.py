@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from importlib.resources import files
+from itertools import pairwise
 from pathlib import Path
 
 import msgspec
@@ -22,6 +23,8 @@ LEVELS: dict[Durable, float] = {"process": 1 / 3, "host": 2 / 3, "replica": 1.0}
 NOISE = 0.05
 """Seconds: no event counts as late after a fault that took less."""
 NEEDS: dict[str, tuple[str, Callable[[Measured], bool | None]]] = {
+    "order": ("the events of a key are handled in order", lambda _: True),
+    "delay": ("an event can be published for a later time", lambda _: True),
     "replay": ("a group can be set back", lambda one: one.features.replay),
     "cancel": ("a delayed event can be taken back", lambda one: one.features.cancel),
     "dedupe": ("a second publish of the same id is not stored", lambda one: one.features.dedupe),
@@ -34,7 +37,10 @@ NEEDS: dict[str, tuple[str, Callable[[Measured], bool | None]]] = {
         lambda one: None if one.hosts and weaker(one.durable, "replica") else not weaker(one.durable, "replica"),
     ),
 }
-"""By name: what it means, and whether a broker does it; None where it was not tried."""
+"""By name: what it means, and whether a broker does it; None where it was not tried. Those that the contract asks of
+every broker are here for those who ask."""
+SKILLS = "skills"
+"""One more need: that it is a broker which they have."""
 
 
 class Measured(Struct, kw_only=True):
@@ -101,6 +107,10 @@ class Choice(Struct, kw_only=True):
     places: list[Place]
     tied: list[str]
     """Those that cannot be told from the first: their ranges meet its."""
+    alike: list[tuple[str, str]]
+    """Each two neighbours whose ranges meet: their order says nothing."""
+    needs: dict[str, dict[str, bool | None]]
+    """By broker and need: whether it does it; None where it was not tried."""
     failed: dict[str, list[str]]
     unknown: dict[str, list[str]]
     """Needs that were not tried, by broker; it stays in."""
@@ -168,8 +178,9 @@ def choose(brokers: Sequence[Measured], wish: Wish) -> Choice:
     _check(brokers, wish)
     failed: dict[str, list[str]] = {}
     unknown: dict[str, list[str]] = {}
+    needs = {one.broker: dict(_verdicts(one, wish)) for one in brokers}
     for one in brokers:
-        for need, verdict in _verdicts(one, wish):
+        for need, verdict in needs[one.broker].items():
             if verdict is not True:
                 (failed if verdict is False else unknown).setdefault(one.broker, []).append(need)
     left = [one for one in brokers if one.broker not in failed]
@@ -178,24 +189,30 @@ def choose(brokers: Sequence[Measured], wish: Wish) -> Choice:
     weights = {name: wish.weights.get(name, 1.0) for name in CRITERIA}
     places = _ranked(scores, weights)
     tied = [place.broker for place in places[1:] if place.total.most >= places[0].total.least]
-    return Choice(places=places, tied=tied, failed=failed, unknown=unknown, turns=_turns(scores, weights))
+    alike = [(a.broker, b.broker) for a, b in pairwise(places) if b.total.most >= a.total.least]
+    return Choice(
+        places=places, tied=tied, alike=alike, needs=needs, failed=failed, unknown=unknown,
+        turns=_turns(scores, weights),
+    )  # fmt: skip
 
 
 def _check(brokers: Sequence[Measured], wish: Wish) -> None:
     names = [one.broker for one in brokers]
     for what, given, good in (
-        ("need", wish.needs, list(NEEDS)), ("criterion", wish.weights, list(CRITERIA)), ("broker", wish.have, names),
-        ("broker", wish.prices, names),
+        ("need", wish.needs, [*NEEDS, SKILLS]), ("criterion", wish.weights, list(CRITERIA)),
+        ("broker", wish.have, names), ("broker", wish.prices, names),
     ):  # fmt: skip
         for name in given:
             if name not in good:
                 raise DefinitionError(f"there is no {what} {name!r}; there are {', '.join(good)}")
+    if SKILLS in wish.needs and not wish.have:
+        raise DefinitionError("the need of skills asks for --have NAME: the brokers that you know")
     if any(not weight >= 0 for weight in wish.weights.values()):
         raise DefinitionError("a weight is 0 or more")
 
 
 def _verdicts(one: Measured, wish: Wish) -> list[tuple[str, bool | None]]:
-    found = [(need, NEEDS[need][1](one)) for need in wish.needs]
+    found = [(need, one.broker in wish.have if need == SKILLS else NEEDS[need][1](one)) for need in wish.needs]
     if wish.rate is not None:
         found.append((f"{wish.rate:,.6g}/s", None if one.largest is None else one.largest.least >= wish.rate))
     if wish.p99 is not None:
@@ -206,7 +223,7 @@ def _verdicts(one: Measured, wish: Wish) -> list[tuple[str, bool | None]]:
 
 def _scores(left: Sequence[Measured], wish: Wish) -> dict[str, dict[str, Score | None]]:
     """By broker and criterion."""
-    largest = _compared([one.largest for one in left], "{:,.0f}/s kept up with")
+    largest = _compared([one.largest for one in left], "{:,.0f}/s kept up with", between=True)
     drained = _compared([one.drained for one in left], "{:,.0f}/s worked off")
     quick = _compared([one.p99 for one in left], "99 % handled within {:.3g} s", less=True)
     back = _compared([one.recovered for one in left], "as before {:.3g} s after a kill", less=True, floor=NOISE)
@@ -230,7 +247,7 @@ def _scores(left: Sequence[Measured], wish: Wish) -> dict[str, dict[str, Score |
 
 
 def _compared(
-    figures: Sequence[Figure | None], text: str, *, less: bool = False, floor: float = 1e-9
+    figures: Sequence[Figure | None], text: str, *, less: bool = False, floor: float = 1e-9, between: bool = False
 ) -> list[Score | None]:
     """Each beside the best: 1 is as good as the best median, 0.5 half as good; below the floor all are alike."""
     medians = [max(floor, figure.median) for figure in figures if figure is not None]
@@ -241,7 +258,10 @@ def _compared(
     def score(figure: Figure) -> Score:
         ends = (max(floor, end) for end in (figure.median, figure.least, figure.most))
         value, one, other = (min(1.0, best / end if less else end / best) for end in ends)
-        return Score(value, min(one, other), max(one, other), text.format(figure.median))
+        shown = text.format(figure.median)
+        if between and figure.least < figure.most:
+            shown = f"{figure.least:,.0f} to {text.format(figure.most)}"
+        return Score(value, min(one, other), max(one, other), shown)
 
     return [None if figure is None else score(figure) for figure in figures]
 

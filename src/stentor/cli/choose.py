@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 import click
 import msgspec
 
-from stentor.bench.choose import CRITERIA, NEEDS, Choice, Known, Wish, known, shipped
+from stentor.bench.choose import CRITERIA, NEEDS, SKILLS, Choice, Known, Place, Wish, known, shipped
 from stentor.bench.choose import choose as ranked
 from stentor.cli.capacity import Rate
 from stentor.cli.exits import advise
@@ -31,7 +32,9 @@ def _numbers(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]
 
 
 @click.command()
-@click.option("--need", "needs", type=click.Choice(list(NEEDS)), multiple=True, help="It must do this; repeatable.")
+@click.option(
+    "--need", "needs", type=click.Choice([*NEEDS, SKILLS]), multiple=True, help="It must do this; repeatable."
+)
 @click.option("--rate", type=Rate(), metavar="RATE", help="It must keep up with this many events a second.")
 @click.option("--p99", metavar="TIME", callback=duration, help="99 % of the events must be handled within this.")
 @click.option("--have", metavar="NAME", multiple=True, help="A broker that you run already; repeatable.")
@@ -72,22 +75,28 @@ def choose(
 
 
 def _show(data: Known, found: Choice) -> None:
-    click.echo(f"as measured {data.made[:10]} on {data.machine}; --json has the command and the versions\n")
+    click.echo(f"as measured {data.made[:10]} on {data.machine}; --json has the command\n")
     rows: list[tuple[Any, ...]] = []
     for place in found.places:
         total = place.total
         span = f"{total.value:.2f}" + (f" ({total.least:.2f} to {total.most:.2f})" if total.least < total.most else "")
         cells = ["?" if score is None else f"{score.value:.2f}" for score in place.scores.values()]
         rows.append(((place.broker, "bold"), *cells, span))
+    asked = list(dict.fromkeys(need for verdicts in found.needs.values() for need in verdicts))
+    if asked:
+        words = {True: ("yes", ""), False: ("no", "red"), None: ("?", "yellow")}
+        print_table(
+            ("broker", *asked),
+            [(name, *(words[verdicts[need]] for need in asked)) for name, verdicts in found.needs.items()],
+        )
+        click.echo()
+    servers = {one.broker: one.server if re.search(r"\d", one.server) else "unknown" for one in data.brokers}
     if rows:
         print_table(("broker", *(f">{name}" for name in CRITERIA), ">of 1"), rows)
         click.echo()
         print_table(
-            ("broker", "~what was seen"),
-            [
-                (place.broker, "; ".join(score.raw for score in place.scores.values() if score is not None))
-                for place in found.places
-            ],
+            ("broker", "version", "~what was seen"),
+            [(place.broker, servers[place.broker], "; ".join(_seen(place))) for place in found.places],
         )
     if found.failed:
         click.echo()
@@ -100,7 +109,14 @@ def _show(data: Known, found: Choice) -> None:
         click.echo(f"no one choice: the ranges of {names} meet, so these runs cannot tell which is best")
     else:
         click.echo(f"choose {click.style(found.places[0].broker, bold=True)}")
+    if found.alike:
+        pairs = ", ".join(f"{one} and {other}" for one, other in found.alike)
+        click.echo(f"  cannot be told apart, as their ranges meet: {pairs}")
     for turn in found.turns:
         click.echo(f"  {turn}")
     for name, needs in found.unknown.items():
         advise(f"{name}: not known to do {', '.join(needs)}; it was not tried")
+
+
+def _seen(place: Place) -> list[str]:
+    return [score.raw for score in place.scores.values() if score is not None]
