@@ -6,6 +6,9 @@ from typing import Any
 
 import httpx
 
+from stentor.cli.top import COLUMNS, _row
+from stentor.histogram import Histogram
+from stentor.observe.flow import Flow
 from tests.cli.conftest import Running, Stentor
 
 
@@ -41,8 +44,20 @@ def test_what_a_program_does_now(shop: Stentor) -> None:
     assert found["hottest"] == {"key": "ada", "share": 1.0}
     assert found["concurrency"] == 64
     table = shop("top", url, "--interval", "200ms", "--count", "1")
+    assert re.search(r"parked\s+retries\s+dead\s+hottest key", table)
     assert re.search(r"group\s+λ in\s+X out\s+ρ", table)
     assert re.search(r"shop\.charge\s+0/s", table)
+
+
+def test_retries_and_dead_letters_have_their_rates() -> None:
+    flow = Flow(
+        group="shop.charge", arrivals=3, throughput=2, utilisation=0.5, processes=1, running=1, concurrency=4,
+        partitions=12, service=Histogram(), waiting=Histogram(), settling=Histogram(), waits=0, oldest=0, parked=0,
+        retries=1.5, dead=0.25, hottest=None,
+    )  # fmt: skip
+    shown = dict(zip((column.lstrip("~>") for column in COLUMNS), _row(flow), strict=True))
+    assert shown["retries"] == ("1.5/s", "yellow")
+    assert shown["dead"] == ("0.25/s", "red")
 
 
 def test_capacity_of_a_running_program(shop: Stentor) -> None:

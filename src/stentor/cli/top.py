@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 URL = "http://127.0.0.1:8000"
 COLUMNS = (
     "~group", ">λ in", ">X out", ">ρ", ">running", ">takes p50", ">p99", ">waits p50", ">p99", ">lag", ">oldest",
-    ">parked", "~hottest key",
+    ">parked", ">retries", ">dead", "~hottest key",
 )  # fmt: skip
 
 
@@ -36,6 +36,7 @@ def top(urls: tuple[str, ...], interval: str, count: int | None, as_json: bool) 
     URL is where a program serves HTTP (`stentor run --http`), default http://127.0.0.1:8000; name all processes of an
     app to see them as one. λ are the events that come in a second, X those that are done, ρ the share of the time for
     which handlers are busy. "takes" is the time in the handler, "waits" from the event's own time until then.
+    "retries" are attempts a second that failed and come again, "dead" events a second that were given up.
     """
     looks = _looks(urls or (URL,), seconds(interval), count)
     if as_json:
@@ -74,7 +75,9 @@ def _row(flow: Flow) -> tuple[Any, ...]:
         flow.group, per_second(flow.arrivals), per_second(flow.throughput), (f"{flow.utilisation:.2f}", busy),
         f"{flow.running}/{flow.concurrency * flow.processes}", *_times(flow.service.quantile, flow.service.count),
         *_times(flow.waiting.quantile, flow.waiting.count), (f"{flow.waits:,}", grows),
-        span(flow.oldest) if flow.oldest else "-", (f"{flow.parked:,}", "yellow" if flow.parked else ""), hottest,
+        span(flow.oldest) if flow.oldest else "-", (f"{flow.parked:,}", "yellow" if flow.parked else ""),
+        (per_second(flow.retries), "yellow" if flow.retries else ""),
+        (per_second(flow.dead), "red" if flow.dead else ""), hottest,
     )  # fmt: skip
 
 
