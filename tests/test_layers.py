@@ -102,8 +102,9 @@ LINES_IN_ALL = 15_000
 LINES_OF_BROKERS = 11_000  # beside those: see docs/decisions/0004
 LINES_OF_ADAPTERS = 9_000  # of ADAPTERS, likewise
 ADAPTERS = ("sources", "sinks", "gateway")
-LINES_OF_TOOLS = 6_000  # of TOOLS, which no running app loads: see docs/decisions/0016
+LINES_OF_TOOLS = 7_000  # of TOOLS and their commands, which no running app loads: see docs/decisions/0016
 TOOLS = ("bench", "capacity", "scaling", "docs")
+COMMANDS_OF_TOOLS = ("bench", "capacity", "choose", "docs", "scaler")
 
 
 def modules(source: Path) -> dict[str, Path]:
@@ -228,7 +229,8 @@ def test_files_stay_readable() -> None:
     suite = Path("testing", "conformance")  # tests that ship with the package, and grow with the contract
     brokers = sum(lines for path, lines in lengths.items() if path.parts[0] == "brokers")
     adapters = sum(lines for path, lines in lengths.items() if path.parts[0] in ADAPTERS)
-    tools = sum(lines for path, lines in lengths.items() if path.parts[0] in TOOLS)
+    commands = {Path("cli", f"{name}.py") for name in COMMANDS_OF_TOOLS}
+    tools = sum(lines for path, lines in lengths.items() if path.parts[0] in TOOLS or path in commands)
     others = sum(lines for path, lines in lengths.items() if suite not in path.parents) - brokers - adapters - tools
     assert brokers <= LINES_OF_BROKERS
     assert adapters <= LINES_OF_ADAPTERS
