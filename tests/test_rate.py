@@ -123,10 +123,12 @@ async def test_processes_share_a_rate(tmp_path: Path) -> None:
         made.add(group)
         return made
 
-    async with app() as one, app():
-        while (await one.broker.admin.groups())[0].members < 2:
-            await asyncio.sleep(0.05)
-        await asyncio.sleep(1.2)  # each looks once a second for how many there are
+    async with app() as one, app() as two:
+        programs = [app.program for app in (one, two)]
+        paces = [worker.pace for program in programs if program is not None for worker in program.workers]
+        async with asyncio.timeout(60):
+            while [pace._mine for pace in paces if pace is not None] != [20, 20]:
+                await asyncio.sleep(0.05)
         await one.publish(jobs(500, 1))
         begun = time.monotonic()
         async with asyncio.timeout(60):

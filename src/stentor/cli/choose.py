@@ -33,7 +33,12 @@ def _numbers(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]
 
 @click.command()
 @click.option(
-    "--need", "needs", type=click.Choice([*NEEDS, SKILLS]), multiple=True, help="It must do this; repeatable."
+    "--need",
+    "needs",
+    metavar="NEED",
+    type=click.Choice([*NEEDS, SKILLS]),
+    multiple=True,
+    help=f"It must do this: {', '.join([*NEEDS, SKILLS])}; repeatable.",
 )
 @click.option("--rate", type=Rate(), metavar="RATE", help="It must keep up with this many events a second.")
 @click.option("--p99", metavar="TIME", callback=duration, help="99 % of the events must be handled within this.")
