@@ -264,9 +264,9 @@ async def test_what_a_producer_that_ended_had_sent_is_told(tmp_path: Path) -> No
                 sender = broker.data
                 assert await sender.send([("t", 0, b"1", None)]) == [0]
                 proxy.blackhole()
-                sending = asyncio.create_task(sender.send([("t", 0, b"2", None)]))
-                await until(lambda: proxy.swallowed > 0, "it is under way")
                 ended = sender.producer
+                sending = asyncio.create_task(sender.send([("t", 0, b"2", None)]))
+                await until(lambda: len(ended) and proxy.swallowed > 0, "it is under way")
                 sender._renew(ended)
                 async with asyncio.timeout(8):
                     [error] = await sending
