@@ -6,13 +6,15 @@ In CI a server that cannot be had fails the test; elsewhere the test is skipped 
 import itertools
 import os
 import secrets
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import pytest
 
 import servers
-from stentor.connect import _BUILT_IN
+from stentor.connect import _BUILT_IN, connect
 
 _count = itertools.count()
 _run = secrets.token_hex(3)
@@ -42,6 +44,17 @@ def fresh(url: str, **options: object) -> str:
     """A URL with a namespace that nobody used before, and further options."""
     given = {"namespace": f"t{_run}{os.getpid():x}{next(_count)}", **options}
     return url + ("&" if "?" in url else "?") + "&".join(f"{name}={value}" for name, value in given.items())
+
+
+@asynccontextmanager
+async def opened(url: str) -> AsyncIterator[Any]:
+    """An open broker."""
+    broker = connect(url)
+    await broker.open()
+    try:
+        yield broker
+    finally:
+        await broker.close()
 
 
 def brokers() -> list[str]:

@@ -18,7 +18,6 @@ import pytest
 
 from stentor import App, Context, Event, Group, Publish, Retry
 from stentor.broker import Broker
-from stentor.connect import connect
 from stentor.errors import UnknownTopic
 from stentor.event import Topic
 from stentor.message import Message
@@ -28,7 +27,7 @@ from stentor.patterns.dead_letter import DeadLetters, Filter
 from stentor.patterns.member import MirrorError
 from stentor.patterns.mirror import CHUNK, Mirror
 from stentor.subscription import Subscription
-from tests.real import brokers, url_of
+from tests.real import brokers, opened, url_of
 
 PAIRS = [("memory", "memory"), ("sqlite", "sqlite")]
 PAIRS += [sides for name in brokers() for sides in (("sqlite", name), (name, "sqlite"))]
@@ -100,16 +99,6 @@ def make_app(record: Record) -> App:
         await publish.stopping.wait()
 
     return app
-
-
-@asynccontextmanager
-async def opened(url: str) -> AsyncIterator[Broker]:
-    broker = connect(url)
-    await broker.open()
-    try:
-        yield broker
-    finally:
-        await broker.close()
 
 
 @asynccontextmanager

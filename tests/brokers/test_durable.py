@@ -1,9 +1,5 @@
 """What a confirmed event survives: what an app demands is held against what the server says; so says doctor."""
 
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
-from typing import Any
-
 import pytest
 from confluent_kafka.admin import AlterConfigOpType, ConfigEntry, ConfigResource, ResourceType
 
@@ -15,20 +11,10 @@ from stentor.errors import ConfigError
 from stentor.event import Topic
 from stentor.testing.conformance import Rules  # noqa: F401  first: it has asserts rewritten
 from stentor.testing.conformance.events import Job
-from tests.real import fresh, server_url
+from tests.real import fresh, opened, server_url
 
 server = [pytest.mark.server, pytest.mark.slow]
 CLUSTERS = ["kafka3", "nats3", "rabbitmq3"]
-
-
-@asynccontextmanager
-async def opened(url: str) -> AsyncIterator[Any]:
-    broker = connect(url)
-    await broker.open()
-    try:
-        yield broker
-    finally:
-        await broker.close()
 
 
 async def demand(url: str, durable: Durable) -> None:

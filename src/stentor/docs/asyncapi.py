@@ -14,7 +14,7 @@ import msgspec
 
 from stentor.brokers.wire import CONTENT_TYPE
 from stentor.clock import seconds
-from stentor.connect import BrokerUrl
+from stentor.connect import BrokerUrl, switch
 from stentor.docs.example import example
 from stentor.docs.overview import Overview
 from stentor.event import EventSpec
@@ -211,7 +211,7 @@ def _servers(overview: Overview) -> tuple[Object, Object]:
 
 
 def _of_broker(url: BrokerUrl) -> tuple[Object, Object]:
-    secure = url.option("tls", "0") not in ("", "0")
+    secure = url.option("tls", False, switch)
     protocol = _PROTOCOLS.get(url.scheme, url.scheme)
     if secure and protocol in ("kafka", "amqp", "redis"):
         protocol = {"kafka": "kafka-secure", "amqp": "amqps", "redis": "rediss"}[protocol]

@@ -7,10 +7,12 @@ each version between, says itself how its data are read: their changes are told,
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from msgspec import Struct
+
+from stentor.docs.fields import follow
 
 Object = dict[str, Any]
 _LIMITS = (
@@ -68,10 +70,8 @@ class _Side:
         key = next(key for key, one in document["components"]["messages"].items() if one["name"] == message["name"])
         self.topics = [channel["address"] for channel in document["channels"].values() if key in channel["messages"]]
 
-    def follow(self, schema: Any) -> Object:
-        while isinstance(schema, dict) and "$ref" in schema:
-            schema = self.schemas.get(schema["$ref"].rpartition("/")[2], {})
-        return schema if isinstance(schema, dict) else {}
+    def follow(self, schema: Any) -> Mapping[str, Any]:
+        return follow(schema, self.schemas) if isinstance(schema, dict) else {}
 
 
 def _message(type: str, old: _Side, new: _Side) -> Iterator[Change]:
@@ -122,7 +122,7 @@ def _schema(
 
 
 def _fields(
-    path: str, old: Object, new: Object, before: _Side, after: _Side, seen: set[tuple[int, int]]
+    path: str, old: Mapping[str, Any], new: Mapping[str, Any], before: _Side, after: _Side, seen: set[tuple[int, int]]
 ) -> Iterator[tuple[str, bool]]:
     was, now = old.get("properties", {}), new.get("properties", {})
     for name, schema in was.items():
@@ -143,7 +143,7 @@ def _fields(
             yield f"field {field} is new{' and required: what is stored lacks it' if needs else ''}", needs
 
 
-def _inner(side: _Side, schema: Any) -> Object:
+def _inner(side: _Side, schema: Any) -> Mapping[str, Any]:
     """What can be looked into: the one alternative beside null, or the schema itself."""
     schema = side.follow(schema)
     choices = [one for one in schema.get("anyOf", ()) if side.follow(one).get("type") != "null"]

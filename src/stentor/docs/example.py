@@ -8,6 +8,7 @@ from typing import Any
 
 import msgspec
 
+from stentor.docs.fields import follow
 from stentor.event import EventSpec
 
 DEPTH = 6
@@ -31,7 +32,7 @@ _PATH = re.compile(r"at `\$([^`]*)`")
 
 def example(spec: EventSpec, schema: dict[str, Any], named: dict[str, Any]) -> Any:
     """Data that the event's class reads, or None where none was found; ``named`` has the schemas behind references."""
-    given = _follow(schema, named).get("examples")
+    given = follow(schema, named).get("examples")
     if given and _reads(spec, given[0]) is None:
         return given[0]
     instead: dict[str, Iterator[str]] = {}
@@ -59,16 +60,10 @@ def _reads(spec: EventSpec, data: Any) -> str | None:
     return None
 
 
-def _follow(schema: dict[str, Any], named: dict[str, Any]) -> dict[str, Any]:
-    while "$ref" in schema:
-        schema = named.get(schema["$ref"].rpartition("/")[2], {})
-    return schema
-
-
 def _sample(schema: Any, named: dict[str, Any], path: str, texts: dict[str, str], depth: int) -> Any:
     if not isinstance(schema, dict):
         return None
-    schema = _follow(schema, named)
+    schema = follow(schema, named)
     for word in ("const", "default"):
         if schema.get(word) is not None:
             return schema[word]

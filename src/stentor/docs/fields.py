@@ -1,4 +1,4 @@
-"""The fields of an event from its JSON Schema, as a table has them."""
+"""JSON Schemas: what references stand for, and the fields of an event, as a table has them."""
 
 from __future__ import annotations
 
@@ -35,18 +35,18 @@ def fields(schema: Mapping[str, Any]) -> list[Field]:
 def description(schema: Mapping[str, Any]) -> str:
     """What the schema says of the whole event."""
     defs = schema.get("$defs")
-    return str(_solved(schema, defs if isinstance(defs, Mapping) else {}).get("description") or "")
+    return str(follow(schema, defs if isinstance(defs, Mapping) else {}).get("description") or "")
 
 
 def _fields(schema: Mapping[str, Any], defs: Mapping[str, Any], before: str, deep: int) -> Iterator[Field]:
-    schema = _solved(schema, defs)
+    schema = follow(schema, defs)
     properties = schema.get("properties")
     if not isinstance(properties, Mapping):
         return
     required = schema.get("required") or ()
     for name, value in properties.items():
         one = value if isinstance(value, Mapping) else {}
-        solved = _solved(one, defs)
+        solved = follow(one, defs)
         need = "required" if name in required else ""
         if "default" in one:
             need = f"default {json.dumps(one['default'], ensure_ascii=False, default=str)}"
@@ -56,11 +56,11 @@ def _fields(schema: Mapping[str, Any], defs: Mapping[str, Any], before: str, dee
                     ". ".join(text for text in (about.rstrip("."), bounds) if text))  # fmt: skip
         if deep > 1:
             many = solved.get("items")
-            inner = _solved(many, defs) if isinstance(many, Mapping) else solved
+            inner = follow(many, defs) if isinstance(many, Mapping) else solved
             yield from _fields(inner, defs, f"{before}{name}{'[]' if inner is not solved else ''}.", deep - 1)
 
 
-def _solved(schema: Mapping[str, Any], defs: Mapping[str, Any]) -> Mapping[str, Any]:
+def follow(schema: Mapping[str, Any], defs: Mapping[str, Any]) -> Mapping[str, Any]:
     """What a reference, or references of references, stand for."""
     for _ in range(8):
         if "$ref" not in schema:
@@ -75,7 +75,7 @@ def _solved(schema: Mapping[str, Any], defs: Mapping[str, Any]) -> Mapping[str, 
 def _type(schema: Mapping[str, Any], defs: Mapping[str, Any], deep: int = 4) -> str:
     """In a few words: ``string``, ``array of integer``, ``"red" or "green"``."""
     name = str(schema["$ref"]).rpartition("/")[2] if "$ref" in schema else ""
-    schema = _solved(schema, defs)
+    schema = follow(schema, defs)
     if "enum" in schema and isinstance(schema["enum"], list):
         return " or ".join(json.dumps(value, ensure_ascii=False, default=str) for value in schema["enum"])
     if "const" in schema:

@@ -307,7 +307,7 @@ def _own(app: App, owners: dict[str, str]) -> None:
 
 def _delivers(handler: Handler) -> bool:
     """Whether it is made by ``app.deliver``: what it takes leaves the app, most likely for this very gateway."""
-    return handler.function.__module__ == "stentor.sinks.http"
+    return hasattr(handler.function, "target")
 
 
 def key_name(spec: EventSpec) -> str | None:

@@ -377,7 +377,7 @@ class Sender:
 
         function = many if self._batch else one
         function.__name__ = self._target.name
-        function.__dict__["target"] = self._target  # for `stentor docs`
+        function.__dict__["target"] = self._target  # by which `stentor gateway` and `stentor docs` know it
         return function
 
 
