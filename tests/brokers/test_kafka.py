@@ -178,7 +178,13 @@ async def test_a_topic_is_found_that_was_missing_before(tmp_path_factory: pytest
         await first.close()
 
 
-async def test_events_behind_an_open_transaction_wait(tmp_path_factory: pytest.TempPathFactory) -> None:
+async def stored(broker: Any) -> list[str]:
+    return [found.id async for _, found in broker.browse("t", "earliest", follow=False)]
+
+
+async def test_events_behind_an_open_transaction_wait(
+    tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     """Nobody reads past a transaction that has not ended, whoever has it: what stands behind it is lag all the same."""
     url = fresh(server_url("kafka", tmp_path_factory))
     broker: Any = connect(url)
@@ -192,13 +198,23 @@ async def test_events_behind_an_open_transaction_wait(tmp_path_factory: pytest.T
         assert await asyncio.to_thread(other.flush, 10) == 0
         await broker.publish([message("1")])
         assert [(lag.events, lag.seconds) for lag in await broker.admin.lag()] == [(2, 0.0)]
+        looking = asyncio.create_task(stored(broker))
+        done, _ = await asyncio.wait([looking], timeout=0.5)
+        assert not done  # a commit that was confirmed may look like this for a while
         await asyncio.to_thread(other.abort_transaction, 10)
+        assert await looking == ["1"]
 
         async def seen() -> bool:
             [lag] = await broker.admin.lag()
             return bool(lag.seconds)
 
         await until(seen, "the event is seen, and how old it is")
+        other.begin_transaction()
+        other.produce(broker.prefix + "t", b"{}", partition=0)
+        assert await asyncio.to_thread(other.flush, 10) == 0
+        monkeypatch.setattr(kafka, "MARKED_WITHIN", 0.1)
+        assert await stored(broker) == ["1"]
+        assert "behind a transaction that does not end" in caplog.text
     finally:
         await broker.close()
 

@@ -16,6 +16,7 @@ import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import Future
 from functools import partial
+from operator import gt
 from typing import Any, TypeVar
 
 import msgspec
@@ -29,7 +30,7 @@ from stentor.brokers.kafka_transactions import Aborted, Sent, Transactions
 from stentor.brokers.log_consumer import decode_ownership
 from stentor.brokers.log_state import LogStateBroker, MessageHeart, encode_lease
 from stentor.brokers.logstore import HOLD, Dropped
-from stentor.brokers.storage import Entry, ShutOut, Stored, Write
+from stentor.brokers.storage import Entry, ShutOut, Stored, TopicRecord, Write
 from stentor.brokers.trust import refused, refuses_certificate, trust
 from stentor.brokers.wire import CONTENT_TYPE, unpack
 from stentor.clock import Clock
@@ -48,6 +49,8 @@ from stentor.errors import (
 
 T = TypeVar("T")
 OPEN_PATIENCE = 5.0
+MARKED_WITHIN = 5.0
+"""Seconds in which the leaders hear that a transaction was committed; behind one that stays open nobody waits longer."""
 
 log = logging.getLogger("stentor.broker")
 
@@ -580,6 +583,17 @@ class KafkaBroker(LogStateBroker):
             except RuntimeError as error:  # closed
                 raise Unavailable(f"{self}: {error}") from None
         raise AssertionError
+
+    async def await_visible(self, record: TopicRecord) -> None:
+        # A commit is confirmed when its coordinator has it; the leaders, who then let it be read, hear of it later.
+        indexes = range(record.partitions)
+        ends = await self._offsets(record.stored, indexes, _LATEST)
+        deadline = time.monotonic() + MARKED_WITHIN
+        while any(map(gt, ends, await self._offsets(record.stored, indexes, _LATEST, _COMMITTED))):
+            if time.monotonic() > deadline:
+                log.warning("%s: what stands in %s behind a transaction that does not end is not seen", self, record.stored)
+                return
+            await asyncio.sleep(0.01)
 
     async def page(self, topic: str, index: int, offset: int, limit: int) -> Sequence[Stored]:
         [(first, end)] = await self.bounds(topic, [index])

@@ -500,6 +500,8 @@ class LogBroker:
     async def browse(self, topic: str, start: Start, *, follow: bool) -> AsyncIterator[tuple[int, Message]]:
         record = await self.topic(topic)
         offsets = await self.starts(record, start)
+        if not follow:
+            await self.await_visible(record)
         horizon = math.inf
         while True:
             if self.features.one_order:
@@ -526,6 +528,9 @@ class LogBroker:
                     heapq.heappush(heads, self._head(index, page))
             if follow:
                 await self.clock.sleep(0.1)
+
+    async def await_visible(self, record: TopicRecord) -> None:
+        """Wait until what was confirmed until now can be read, where that is not the same."""
 
     def _head(self, index: int, page: list[Stored]) -> tuple[float, int, int, list[Stored]]:
         """What the partitions of a topic are merged by: offsets where they are of one order, else times."""
