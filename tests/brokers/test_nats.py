@@ -158,3 +158,22 @@ async def test_what_others_publish(plain: str) -> None:
         assert found.data == b'{"a": 1}'
     finally:
         await broker.close()
+
+
+async def test_the_connection_is_the_librarys_for_others(plain: str) -> None:
+    """Who subscribes by ``native`` has the library's subscription with headers; garbage to an inbox ends nothing."""
+    broker = await opened(plain)
+    try:
+        await broker.declare([Topic("t", partitions=1)], [])
+        heard = await broker.native.subscribe("others")
+        await broker.native.publish("others", b"hello", headers={"a": "b"})
+        found = await heard.next_msg(timeout=10)
+        assert (found.data, found.headers) == (b"hello", {"a": "b"})
+        inbox = await broker.link.stream(lambda message: int(message.data))  # type: ignore[arg-type]
+        await broker.native.publish(inbox.subject, b"no number")
+        await broker.native.flush()
+        assert broker.native.is_connected
+        assert "no number" in broker.link.trouble
+        await broker.publish([message("1")])
+    finally:
+        await broker.close()

@@ -50,7 +50,7 @@ from stentor.errors import (
 T = TypeVar("T")
 OPEN_PATIENCE = 5.0
 MARKED_WITHIN = 5.0
-"""Seconds in which the leaders hear that a transaction was committed; behind one that stays open nobody waits longer."""
+"""Seconds in which the leaders hear of a commit; behind a transaction that stays open nobody waits longer."""
 
 log = logging.getLogger("stentor.broker")
 
@@ -591,7 +591,9 @@ class KafkaBroker(LogStateBroker):
         deadline = time.monotonic() + MARKED_WITHIN
         while any(map(gt, ends, await self._offsets(record.stored, indexes, _LATEST, _COMMITTED))):
             if time.monotonic() > deadline:
-                log.warning("%s: what stands in %s behind a transaction that does not end is not seen", self, record.stored)
+                log.warning(
+                    "%s: what stands in %s behind a transaction that does not end is not seen", self, record.stored
+                )
                 return
             await asyncio.sleep(0.01)
 

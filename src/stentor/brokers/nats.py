@@ -408,8 +408,7 @@ class NatsBroker(LogStateBroker):
             raise Unavailable(f"{self} does not answer within {ASK_PATIENCE:g} s") from None
         finally:
             link.forget(number)
-            with contextlib.suppress(nats.errors.Error, OSError):
-                await inbox.unsubscribe()
+            await link.nc.mute(inbox)
         await link.discard(stream, name)
         stored = []
         for message in found:
