@@ -270,7 +270,7 @@ class Worker:
             for delivery in deliveries:
                 self._dispatch(delivery)
             if deliveries:
-                self.poke()
+                self._wake_runner()
                 # Let runners at it: a fetch that finds events at once never suspends by itself.
                 await asyncio.sleep(0)
 

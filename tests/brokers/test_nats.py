@@ -8,10 +8,11 @@ import pytest
 
 from stentor.brokers.nats import NatsBroker
 from stentor.connect import connect
-from stentor.errors import AuthenticationFailed, ConfigError, StentorError
+from stentor.errors import AuthenticationFailed, ConfigError, StentorError, Unavailable
 from stentor.event import Topic
 from stentor.message import Message
 from stentor.testing.conformance import Rules  # noqa: F401  first: it has asserts rewritten
+from stentor.testing.conformance.stage import until
 from tests.faults import ServerFaults, ThreeNodes
 from tests.real import fresh, server_url
 
@@ -169,11 +170,27 @@ async def test_the_connection_is_the_librarys_for_others(plain: str) -> None:
         await broker.native.publish("others", b"hello", headers={"a": "b"})
         found = await heard.next_msg(timeout=10)
         assert (found.data, found.headers) == (b"hello", {"a": "b"})
-        inbox = await broker.link.stream(lambda message: int(message.data))  # type: ignore[arg-type]
+        inbox = await broker.link.listen(lambda message: int(message.data))  # type: ignore[arg-type]
         await broker.native.publish(inbox.subject, b"no number")
-        await broker.native.flush()
+        await until(lambda: "no number" in broker.link.trouble, "the garbage came")
         assert broker.native.is_connected
-        assert "no number" in broker.link.trouble
         await broker.publish([message("1")])
     finally:
+        await broker.close()
+
+
+async def test_a_connection_that_is_lost_is_no_end(plain: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who browses is told that the rest was not seen."""
+    broker = await opened(plain)
+    try:
+        await broker.declare([Topic("t", partitions=1)], [])
+        await broker.publish([message("1")])
+        send = broker.link.send
+        monkeypatch.setattr(
+            broker.link, "send", lambda one: broker.link._lose() if "NEXT" in one.subject else send(one)
+        )
+        with pytest.raises(Unavailable, match="the connection was lost"):
+            await broker.page(broker.prefix + "t", 0, 0, 10)
+    finally:
+        monkeypatch.undo()
         await broker.close()

@@ -23,7 +23,18 @@ from nats.aio.msg import Msg
 from stentor.broker import Durable, Features, Finding
 from stentor.brokers import findings
 from stentor.brokers.log_state import LogStateBroker, MessageHeart, encode_lease
-from stentor.brokers.nats_client import ASK_PATIENCE, Link, NatsFeed, Place, Refused, Silent, refusal, status, stream_of
+from stentor.brokers.nats_client import (
+    ASK_PATIENCE,
+    Frame,
+    Link,
+    NatsFeed,
+    Place,
+    Refused,
+    Silent,
+    refusal,
+    status,
+    stream_of,
+)
 from stentor.brokers.storage import Entry, Stored
 from stentor.brokers.trust import refused, refuses_certificate, trust
 from stentor.brokers.wire import unpack
@@ -268,41 +279,27 @@ class NatsBroker(LogStateBroker):
 
     async def _store_batch(self, entries: Sequence[Entry]) -> list[int | StentorError]:
         """All of them or none, as one message of the stream's log (ADR-50)."""
-        link, batch = self.link, new_id()
-        last = len(entries)
-        for number, entry in enumerate(entries[:-1], 1):
-            headers = {"Nats-Batch-Id": batch, "Nats-Batch-Sequence": str(number)}
-            await link.send(f"{entry.topic}.{entry.partition}", entry.body, headers=headers)
-        entry = entries[-1]
-        headers = {"Nats-Batch-Id": batch, "Nats-Batch-Sequence": str(last), "Nats-Batch-Commit": "1"}
-        answer = await link.post(f"{entry.topic}.{entry.partition}", entry.body, headers)
-        stored = (await self._stored(entries[-1:], [answer]))[0]
-        if isinstance(stored, int):
-            return list(range(stored - last + 1, stored + 1))
-        if isinstance(stored, PublishUnknown):
-            return [PublishUnknown([entry.message.id], stored.why) for entry in entries]
-        return [stored] * last
+        batch, last = new_id(), len(entries)
+        messages = []
+        for number, entry in enumerate(entries, 1):
+            commit = "Nats-Batch-Commit: 1\r\n" if number == last else ""
+            headers = f"NATS/1.0\r\nNats-Batch-Id: {batch}\r\nNats-Batch-Sequence: {number}\r\n{commit}\r\n"
+            messages.append(Frame(f"{entry.topic}.{entry.partition}", entry.body, headers=headers.encode()))
+        self.link.send(*messages[:-1])
+        [answer] = await self.link.post(messages[-1])
+        if isinstance(answer, Unavailable):
+            return [PublishUnknown([entry.message.id], str(answer)) for entry in entries]
+        stored = await self._sequence(entries[-1].topic, answer)
+        return list(range(stored - last + 1, stored + 1)) if isinstance(stored, int) else [stored] * last
 
     async def _store_each(self, entries: Sequence[Entry]) -> list[int | StentorError]:
-        answers = [await self.link.post(f"{entry.topic}.{entry.partition}", entry.body) for entry in entries]
-        return await self._stored(entries, answers)
-
-    async def _stored(
-        self, entries: Sequence[Entry], answers: Sequence[asyncio.Future[Msg | None]]
-    ) -> list[int | StentorError]:
-        """What the server says of messages: an offset or an error for each."""
-        await asyncio.wait(answers, timeout=ASK_PATIENCE)
-        results: list[int | StentorError] = []
-        for entry, answer in zip(entries, answers, strict=True):
-            if not answer.done() or answer.result() is None:
-                why = f"no answer within {ASK_PATIENCE:g} s" if not answer.done() else "the connection was lost"
-                answer.cancel()
-                results.append(PublishUnknown([entry.message.id], why))
-                continue
-            message = answer.result()
-            assert message is not None
-            results.append(await self._sequence(entry.topic, message))
-        return results
+        answers = await self.link.post(*(Frame(f"{entry.topic}.{entry.partition}", entry.body) for entry in entries))
+        return [
+            PublishUnknown([entry.message.id], str(answer))
+            if isinstance(answer, Unavailable)
+            else await self._sequence(entry.topic, answer)
+            for entry, answer in zip(entries, answers, strict=True)
+        ]
 
     async def _sequence(self, topic: str, message: Msg) -> int | StentorError:
         if status(message):  # nobody listens: there is no such stream, or it has no leader
@@ -318,13 +315,7 @@ class NatsBroker(LogStateBroker):
         return int(found["seq"])
 
     async def tell(self, topic: str, value: bytes) -> int:
-        answer = await self.link.post(f"{topic}.0", value)
-        done, _ = await asyncio.wait([answer], timeout=ASK_PATIENCE)
-        message = answer.result() if done else None
-        if message is None:
-            answer.cancel()
-            raise Unavailable(f"{self}: it is not known whether a message was stored")
-        result = await self._sequence(topic, message)
+        result = await self._sequence(topic, await self.link.ask(f"{topic}.0", value))
         if isinstance(result, int):
             return result
         raise result if isinstance(result, UnknownTopic) else Unavailable(str(result))
@@ -355,7 +346,7 @@ class NatsBroker(LogStateBroker):
         name, found = await self.link.consumer(
             stream, f"{topic}.*", deliver_policy="by_start_time", opt_start_time=text
         )
-        await self.link.discard(stream, name)
+        self.link.discard(stream, name)
         return [found["delivered"]["stream_seq"] + 1] * len(partitions)
 
     async def pending(self, places: Sequence[tuple[str, int, int]]) -> list[tuple[int, float | None]]:
@@ -363,7 +354,7 @@ class NatsBroker(LogStateBroker):
 
     async def _pending(self, topic: str, index: int, offset: int) -> tuple[int, float | None]:
         name, count = await self._look(topic, index, offset)
-        await self.link.discard(stream_of(topic), name)
+        self.link.discard(stream_of(topic), name)
         if not count:
             return 0, None
         try:
@@ -386,30 +377,37 @@ class NatsBroker(LogStateBroker):
         name, count = await self._look(topic, index, offset)
         limit = min(limit, count)
         found: list[Msg] = []
-        done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        done: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
 
-        def came(message: Msg | None) -> None:
-            if message is not None and not status(message):
+        def end(whole: bool = False) -> None:
+            if not done.done():
+                done.set_result(whole)
+
+        def came(message: Msg) -> None:
+            if not (told := status(message)):
                 found.append(message)
-            if (message is None or status(message) or len(found) == limit) and not done.done():
-                done.set_result(None)
+            if told or len(found) == limit:
+                end(True)
 
-        number, inbox = link.listen(came), await link.stream(came)
+        inbox = await link.listen(came)
+        link.on_lost.append(end)
         try:
             if limit:
                 body = msgspec.json.encode({"batch": limit, "expires": int(ASK_PATIENCE * 1e9)})
-                await link.send(f"$JS.API.CONSUMER.MSG.NEXT.{stream}.{name}", body, inbox.subject)
+                link.send(Frame(f"$JS.API.CONSUMER.MSG.NEXT.{stream}.{name}", body, inbox.subject))
                 async with asyncio.timeout(ASK_PATIENCE):
                     while not (await asyncio.wait((done,), timeout=0.5))[0]:  # it may be removed meanwhile
                         left = await link.api(f"CONSUMER.INFO.{stream}.{name}")
                         if not left["num_pending"] and left["delivered"]["consumer_seq"] <= len(found):
-                            break
+                            end(True)
+                if not done.result():
+                    raise Unavailable(f"{self}: the connection was lost")
         except TimeoutError:
             raise Unavailable(f"{self} does not answer within {ASK_PATIENCE:g} s") from None
         finally:
-            link.forget(number)
-            await link.nc.mute(inbox)
-        await link.discard(stream, name)
+            link.on_lost.remove(end)
+            await link.mute(inbox)
+        link.discard(stream, name)
         stored = []
         for message in found:
             place = Place.of(message)

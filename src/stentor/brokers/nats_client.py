@@ -9,8 +9,7 @@ import asyncio
 import contextlib
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
-from itertools import count
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import msgspec
@@ -96,6 +95,22 @@ class Place(NamedTuple):
         return cls(int(parts[at]), int(parts[at + 1]), int(parts[at + 2]) / 1e9, int(parts[at + 3]))
 
 
+class Frame(NamedTuple):
+    """A message to be sent. ``headers`` as they are sent, with the line before and the empty one after them (ADR-4)."""
+
+    subject: str
+    payload: bytes = b""
+    reply: str = ""
+    headers: bytes = b""
+
+    def __bytes__(self) -> bytes:
+        to, size = f"{self.subject} {self.reply}".encode(), len(self.payload)
+        if self.headers:
+            ahead = len(self.headers)
+            return b"HPUB %b %d %d\r\n%b%b\r\n" % (to, ahead, ahead + size, self.headers, self.payload)
+        return b"PUB %b %d\r\n%b\r\n" % (to, size, self.payload)
+
+
 class Speaker(Client):
     """The library's client goes by the server's word whether there is TLS: this one logs in to nobody without it.
 
@@ -108,16 +123,11 @@ class Speaker(Client):
         self.listeners: dict[int, Callable[[Msg], None]] = {}
         """By the number of a subscription."""
 
-    async def listen(self, subject: str, listener: Callable[[Msg], None]) -> Subscription:
-        """Hear what is sent to a subject, in the task that reads the connection."""
-        subscription = await self.subscribe(subject)
-        self.listeners[subscription._id] = listener
-        return subscription
-
-    async def mute(self, subscription: Subscription) -> None:
-        del self.listeners[subscription._id]
-        with contextlib.suppress(nats.errors.Error, OSError):
-            await subscription.unsubscribe()
+    def write(self, frames: Iterable[Frame]) -> None:
+        """Send at once what this connection has still to send, and these: the library's flusher is a turn later."""
+        assert self._transport is not None
+        pending, self._pending, self._pending_data_size = self._pending, [], 0
+        self._transport.writelines([*pending, *map(bytes, frames)])
 
     async def _process_msg(self, sid: int, subject: bytes, reply: bytes, data: bytes, headers: bytes) -> None:
         listener = self.listeners.get(sid)
@@ -143,6 +153,23 @@ class Speaker(Client):
         return super()._connect_command()
 
 
+class _Post:
+    """Messages that were sent together, and their answers so far."""
+
+    __slots__ = ("answers", "done", "first", "left")
+
+    def __init__(self, first: int, count: int) -> None:
+        self.first = first
+        self.left = count
+        self.answers: list[Msg | None] = [None] * count
+        self.done: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
+        """True when all have come, False when the connection was lost before."""
+
+    def end(self, came: bool) -> None:
+        if not self.done.done():
+            self.done.set_result(came)
+
+
 class Link:
     """A connection. Its answers come to one inbox; when it is lost, all that wait are told."""
 
@@ -150,8 +177,9 @@ class Link:
         self._who = who
         self._options = options
         self._inbox = f"_INBOX.{new_id()}"
-        self._listeners: dict[int, Callable[[Msg | None], None]] = {}
-        self._count = count()
+        self._posts: dict[int, _Post] = {}
+        """By the numbers of the inbox that their answers come to."""
+        self._next = 0
         self.nc = Speaker()
         self.on_lost: list[Callable[[], None]] = []
         self.trouble = ""
@@ -167,7 +195,7 @@ class Link:
             max_outstanding_pings=2, name="stentor",
         )  # fmt: skip
         self.nc.options["allow_reconnect"] = self._opened = True
-        await self.nc.listen(f"{self._inbox}.*", self._came)
+        await self.listen(self._came, f"{self._inbox}.*")
 
     async def close(self) -> None:
         self._lose()
@@ -184,74 +212,68 @@ class Link:
         self._lose()
 
     def _lose(self) -> None:
-        listeners, self._listeners = self._listeners, {}
-        for listener in listeners.values():
-            listener(None)
+        posts, self._posts = self._posts, {}
+        for post in posts.values():
+            post.end(False)
         for told in self.on_lost:
             told()
 
     def _came(self, message: Msg) -> None:
-        listener = self._listeners.get(int(message.subject.rpartition(".")[2]))
-        if listener is not None:
-            listener(message)
+        number = int(message.subject.rpartition(".")[2])
+        post = self._posts.pop(number, None)
+        if post is not None:
+            post.answers[number - post.first] = message
+            post.left -= 1
+            if not post.left:
+                post.end(True)
 
-    def listen(self, listener: Callable[[Msg | None], None]) -> int:
-        """Hear what is sent to a number of the inbox, and None when the connection is lost."""
-        number = next(self._count)
-        self._listeners[number] = listener
-        return number
-
-    def forget(self, number: int) -> None:
-        self._listeners.pop(number, None)
-
-    async def stream(self, listener: Callable[[Msg], None]) -> Subscription:
-        """A subject of its own for what a consumer sends: that bears the subjects of the stream. Raises Unavailable."""
+    async def listen(self, listener: Callable[[Msg], None], subject: str = "") -> Subscription:
+        """Hear what is sent to a subject, by default a new one, in the task that reads the connection. Raises
+        Unavailable.
+        """
         try:
-            return await self.nc.listen(f"_INBOX.{new_id()}", listener)
+            inbox = await self.nc.subscribe(subject or f"_INBOX.{new_id()}")
         except (nats.errors.Error, OSError) as error:
             raise Unavailable(f"{self._who}: {error}") from None
+        self.nc.listeners[inbox._id] = listener
+        return inbox
 
-    async def send(
-        self, subject: str, payload: bytes = b"", reply: str = "", headers: dict[str, str] | None = None
-    ) -> None:
-        """Send a message. Raises Unavailable, and then nothing was sent."""
+    async def mute(self, inbox: Subscription) -> None:
+        del self.nc.listeners[inbox._id]
+        with contextlib.suppress(nats.errors.Error, OSError):
+            await inbox.unsubscribe()
+
+    def send(self, *frames: Frame) -> None:
+        """Send messages. Raises Unavailable, and then nothing was sent."""
         if not self.nc.is_connected:
             raise Unavailable(f"{self._who} is away{f': {self.trouble}' if self.trouble else ''}")
+        self.nc.write(frames)
+
+    async def post(self, *messages: Frame, patience: float = ASK_PATIENCE) -> list[Msg | Unavailable]:
+        """Send messages and wait for the answer to each, or why there is none. Raises as ``send``."""
+        post = _Post(self._next, len(messages))
+        self._next += len(messages)
+        numbers = range(post.first, self._next)
+        self.send(*(one._replace(reply=f"{self._inbox}.{n}") for n, one in zip(numbers, messages, strict=True)))
+        self._posts |= dict.fromkeys(numbers, post)
+        missing: Unavailable = Silent(f"{self._who} does not answer within {patience:g} s")
         try:
-            await self.nc.publish(subject, payload, reply, headers)
-        except (nats.errors.Error, OSError) as error:
-            raise Unavailable(f"{self._who}: {error}") from None
-
-    async def post(
-        self, subject: str, payload: bytes = b"", headers: dict[str, str] | None = None
-    ) -> asyncio.Future[Msg | None]:
-        """Send a message that has an answer: None when the connection is lost before. Raises as ``send``."""
-        future: asyncio.Future[Msg | None] = asyncio.get_running_loop().create_future()
-
-        def answered(message: Msg | None) -> None:
-            self._listeners.pop(number, None)
-            if not future.done():
-                future.set_result(message)
-
-        number = self.listen(answered)
-        try:
-            await self.send(subject, payload, f"{self._inbox}.{number}", headers)
-        except BaseException:
-            self.forget(number)
-            raise
-        future.add_done_callback(lambda _: self.forget(number))
-        return future
+            async with asyncio.timeout(patience):
+                if not await post.done:
+                    missing = Unavailable(f"{self._who}: the connection was lost")
+        except TimeoutError:
+            pass
+        finally:
+            if post.left:
+                for number in numbers:
+                    self._posts.pop(number, None)
+        return [missing if answer is None else answer for answer in post.answers]
 
     async def ask(self, subject: str, payload: bytes = b"", patience: float = ASK_PATIENCE) -> Msg:
         """The answer to a question. Raises Unavailable."""
-        future = await self.post(subject, payload)
-        try:
-            async with asyncio.timeout(patience):
-                answer = await future
-        except TimeoutError:
-            raise Silent(f"{self._who} does not answer within {patience:g} s") from None
-        if answer is None:
-            raise Unavailable(f"{self._who}: the connection was lost")
+        [answer] = await self.post(Frame(subject, payload), patience=patience)
+        if isinstance(answer, Unavailable):
+            raise answer
         return answer
 
     async def api(self, call: str, /, patience: float = ASK_PATIENCE, **body: Any) -> dict[str, Any]:
@@ -276,10 +298,10 @@ class Link:
         )
         return name, found
 
-    async def discard(self, stream: str, name: str) -> None:
+    def discard(self, stream: str, name: str) -> None:
         """Let the server forget a consumer now; the answer does not matter."""
         with contextlib.suppress(Unavailable):
-            await self.send(f"$JS.API.CONSUMER.DELETE.{stream}.{name}")
+            self.send(Frame(f"$JS.API.CONSUMER.DELETE.{stream}.{name}"))
 
 
 def stream_of(topic: str) -> str:
@@ -348,9 +370,9 @@ class NatsFeed(Feed):
         """Let the server forget what ended."""
         while self._ended:
             stream, consumer, inbox = self._ended.pop()
-            await self._link.nc.mute(inbox)
+            await self._link.mute(inbox)
             if consumer:
-                await self._link.discard(stream, consumer)
+                self._link.discard(stream, consumer)
 
     def _lost(self) -> None:
         for cursor in self._cursors.values():
@@ -405,7 +427,7 @@ class NatsFeed(Feed):
         stream, subject = stream_of(cursor.topic), f"{cursor.topic}.{cursor.index}"
         start = {"deliver_policy": "by_start_sequence", "opt_start_seq": max(1, cursor.next)}
         try:
-            inbox = await self._link.stream(lambda message: self._came(cursor, inbox, message))
+            inbox = await self._link.listen(lambda message: self._came(cursor, inbox, message))
             try:
                 name, _ = await self._link.consumer(stream, subject, **start)
             except BaseException:
@@ -428,7 +450,7 @@ class NatsFeed(Feed):
         cursor.wanted, cursor.heard = PULL, time.monotonic()
         subject = f"$JS.API.CONSUMER.MSG.NEXT.{stream_of(cursor.topic)}.{cursor.consumer}"
         try:
-            await self._link.send(subject, _encode(body), cursor.inbox.subject)
+            self._link.send(Frame(subject, _encode(body), cursor.inbox.subject))
         except Unavailable as error:
             self._restart(cursor)
             self.fail(error)
