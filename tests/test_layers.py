@@ -99,7 +99,7 @@ HEAVY = [  # what `import stentor` must not load: optional, or slow to load and 
 ]
 LINES_OF_A_FILE = 700
 LINES_IN_ALL = 15_000
-LINES_OF_BROKERS = 11_000  # beside those: see docs/decisions/0004
+LINES_OF_BROKERS = 11_100  # beside those: see docs/decisions/0004
 LINES_OF_ADAPTERS = 9_000  # of ADAPTERS, likewise
 ADAPTERS = ("sources", "sinks", "gateway")
 LINES_OF_TOOLS = 7_000  # of TOOLS and their commands, which no running app loads: see docs/decisions/0016

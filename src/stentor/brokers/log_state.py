@@ -176,7 +176,7 @@ class LogStateBroker(LogBroker):
         await self.make(topic, partitions)
 
     def reader(self) -> FeedReader:
-        return FeedReader(self)
+        return FeedReader(self.feed(), self.prefix)
 
     # ---- spaces -----------------------------------------------------------------------------------------------------
 
@@ -275,9 +275,9 @@ class MessageHeart:
 class FeedReader:
     """The partitions of one member."""
 
-    def __init__(self, broker: LogStateBroker) -> None:
-        self._broker = broker
-        self._feed = broker.feed()
+    def __init__(self, feed: Feed, prefix: str) -> None:
+        self._feed = feed
+        self._prefix = prefix
 
     def seek(self, held: Held, offset: int) -> None:
         self._feed.seek(held, held.stored, held.index, offset)
@@ -289,9 +289,8 @@ class FeedReader:
         found = await self._feed.read(limit, wait)
         if not found and (trouble := self._feed.trouble()) is not None:
             raise trouble
-        prefix = self._broker.prefix
         return [
-            (held, offset, unpack(value, held.stored.removeprefix(prefix), f"{held.index}-{offset}"))
+            (held, offset, unpack(value, held.stored.removeprefix(self._prefix), f"{held.index}-{offset}"))
             for held, offset, _, value in found
         ]
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import ssl
 import time
+from collections import deque
 from collections.abc import Awaitable, Sequence
 from typing import Any
 
@@ -21,7 +22,8 @@ from redis.retry import Retry
 from stentor.broker import Durable, Features, Finding
 from stentor.brokers import findings
 from stentor.brokers.log import LogBroker
-from stentor.brokers.storage import DUPLICATE, Entry, Held, Stored, Write
+from stentor.brokers.log_state import Feed, FeedReader, Read
+from stentor.brokers.storage import DUPLICATE, Entry, Stored, Write
 from stentor.brokers.trust import refused, refuses_certificate, trust
 from stentor.brokers.wire import pack_delayed, unpack, unpack_delayed, unpack_waiting
 from stentor.clock import Clock
@@ -37,6 +39,8 @@ from stentor.errors import (
 )
 from stentor.message import Message, new_id
 
+BLOCK = 1000
+"""Milliseconds for which a read waits."""
 CONNECTIONS = 64
 """Commands that are under way at once."""
 WINDOW = 7 * 86400
@@ -141,7 +145,7 @@ return 1
 )
 
 
-def _error(error: Exception, broker: object) -> StentorError:
+def _error(error: Exception, broker: object) -> BrokerError:
     """What an error of the client is in Stentor's tree."""
     text = str(error).splitlines()[0] if str(error) else type(error).__name__
     if isinstance(error, client.AuthenticationError | client.exceptions.NoPermissionError) or "WRONGPASS" in text:
@@ -179,13 +183,13 @@ class RedisBroker(LogBroker):
         super().__init__(url, clock)
         host, port = url.address(6379)
         self.tls = tls = trust(url, 6379, secure=url.scheme == "rediss")
-        self._options: dict[str, Any] = {
+        self.options: dict[str, Any] = {
             "host": host, "port": port, "db": int(url.path.strip("/") or 0),
             "username": url.user, "password": url.password, "socket_connect_timeout": 5.0,
             "retry": Retry(NoBackoff(), 0), "health_check_interval": 0, "protocol": 2,
         }  # fmt: skip
         if tls:
-            self._options |= {
+            self.options |= {
                 "ssl": True, "ssl_cert_reqs": ssl.CERT_REQUIRED, "ssl_check_hostname": True,
                 "ssl_ca_certs": tls.ca or None, "ssl_certfile": tls.cert or None, "ssl_keyfile": tls.key or None,
             }  # fmt: skip
@@ -202,6 +206,8 @@ class RedisBroker(LogBroker):
         self._batch = 0
         self._lost: dict[int, list[str]] = {}
         self._redis: aio.Redis | None = None
+        self._line: Line | None = None
+        """Of appends: one is under way at a time."""
         self._turns = asyncio.Semaphore(CONNECTIONS)
 
     # ---- life -------------------------------------------------------------------------------------------------------
@@ -220,14 +226,21 @@ class RedisBroker(LogBroker):
         except Exception as error:
             raise _error(error, self) from None
 
+    @property
+    def patience(self) -> float:
+        """Seconds for an answer: a connection that is half open shows by silence alone. No read blocks for longer."""
+        return max(2.0, self.lease / 2)
+
     def client(self) -> aio.Redis:
         """A client of its own, with further connections."""
-        # A connection that is half open shows by silence alone: no command takes longer than a read may block.
-        made = aio.Redis(**self._options, socket_timeout=max(2.0, self.lease / 2), max_connections=CONNECTIONS)
+        made = aio.Redis(**self.options, socket_timeout=self.patience, max_connections=CONNECTIONS)
         made.response_callbacks.clear()  # answers as Redis gives them: quicker, and the same for every command
         return made
 
     async def disconnect(self) -> None:
+        if self._line is not None:
+            await self._line.close()
+            self._line = None
         if self._redis is not None:
             await self._redis.aclose()
             self._redis = None
@@ -280,7 +293,13 @@ class RedisBroker(LogBroker):
         try:
             return await _whole(self._turn(self.native.execute_command(*command)))  # type: ignore[no-untyped-call]
         except (client.RedisError, OSError) as error:
-            raise _error(error, self) from None
+            raise await self._failed(error) from None
+
+    async def _failed(self, error: Exception) -> BrokerError:
+        """What an error of the client means. Where a connection fell silent, those that idle may have, too."""
+        if isinstance(error, client.TimeoutError):
+            await self.native.connection_pool.disconnect(inuse_connections=False)
+        return _error(error, self)
 
     async def _pipe(self, commands: Sequence[Sequence[Any]]) -> list[Any]:
         """Many commands in one round trip; their answers, errors among them."""
@@ -292,7 +311,7 @@ class RedisBroker(LogBroker):
         try:
             found: list[Any] = await _whole(self._turn(pipe.execute(raise_on_error=False)))
         except (client.RedisError, OSError) as error:
-            raise _error(error, self) from None
+            raise await self._failed(error) from None
         return found
 
     def _check(self, answers: Sequence[Any]) -> None:
@@ -307,20 +326,24 @@ class RedisBroker(LogBroker):
     async def _run_all(self, script: str, calls: Sequence[tuple[Sequence[str], Sequence[Any]]]) -> list[Any]:
         found: list[Any] = []
         for _ in range(2):
-            digest = self._scripts.get(script)
-            if digest is None:
-                text = script.replace("P:", f"{self._root}:").replace("WINDOW", str(WINDOW)).replace("MOST", str(FALL))
-                loaded = await self._ask("SCRIPT LOAD", text)
-                digest = self._scripts[script] = loaded.decode()
+            digest = await self._digest(script)
             found = await self._pipe([("EVALSHA", digest, len(keys), *keys, *args) for keys, args in calls])
             if not any(isinstance(answer, client.exceptions.NoScriptError) for answer in found):
                 break
             del self._scripts[script]
         return found
 
+    async def _digest(self, script: str) -> str:
+        digest = self._scripts.get(script)
+        if digest is None:
+            text = script.replace("P:", f"{self._root}:").replace("WINDOW", str(WINDOW)).replace("MOST", str(FALL))
+            loaded = await self._ask("SCRIPT LOAD", text)
+            digest = self._scripts[script] = loaded.decode()
+        return digest
+
     # ---- data -------------------------------------------------------------------------------------------------------
 
-    def _log(self, topic: str, index: int) -> str:
+    def log(self, topic: str, index: int) -> str:
         return f"{self._root}:log:{topic}:{index}"
 
     async def make_topic(self, topic: str, partitions: int) -> None:
@@ -352,22 +375,29 @@ class RedisBroker(LogBroker):
     async def _sent(self, batch: Sequence[Any]) -> Any:
         """The answer to a batch, which is sent again, once, when its answer is lost."""
         lost = ""
+        if self._line is None:
+            self._line = Line(self)
         while True:
             try:
-                return await self._run(_APPEND, (), *batch)
-            except Unavailable as error:
-                if not lost and " connecting to " in str(error):
-                    raise  # nothing was sent
+                return await self._line.ask("EVALSHA", await self._digest(_APPEND), 0, *batch)
+            except client.exceptions.NoScriptError:
+                self._scripts.pop(_APPEND, None)
+            except (client.ResponseError, client.exceptions.BusyLoadingError) as answer:
+                return answer
+            except (client.RedisError, OSError) as failure:
+                error = await self._failed(failure)
                 if lost:
                     raise PublishUnknown([], lost) from None
+                if not isinstance(error, Unavailable) or " connecting to " in str(error):
+                    raise error from None  # nothing was sent
                 lost = str(error)
 
-    def reader(self) -> RedisReader:
-        return RedisReader(self)
+    def reader(self) -> FeedReader:
+        return FeedReader(RedisFeed(self), self.prefix)
 
     async def bounds(self, topic: str, partitions: Sequence[int]) -> list[tuple[int, int]]:
         end = int(await self._ask("HGET", f"{self._root}:topic:{topic}", "n") or 0) + 1
-        firsts = await self._pipe([("XRANGE", self._log(topic, i), "-", "+", "COUNT", 1) for i in partitions])
+        firsts = await self._pipe([("XRANGE", self.log(topic, i), "-", "+", "COUNT", 1) for i in partitions])
         return [(_offset(found[0][0]) if found else end, end) for found in firsts]
 
     async def find(self, topic: str, partitions: Sequence[int], moment: float) -> list[int]:
@@ -387,7 +417,7 @@ class RedisBroker(LogBroker):
     async def pending(self, places: Sequence[tuple[str, int, int]]) -> list[tuple[int, float | None]]:
         commands: list[Sequence[Any]] = []
         for topic, index, offset in places:
-            commands.append(("XRANGE", self._log(topic, index), f"{max(offset, 0)}-0", "+", "COUNT", 1))
+            commands.append(("XRANGE", self.log(topic, index), f"{max(offset, 0)}-0", "+", "COUNT", 1))
             commands.append(("HGET", f"{self._root}:topic:{topic}", index))
         answers = await self._pipe(commands)
         found: list[tuple[int, float | None]] = []
@@ -400,7 +430,7 @@ class RedisBroker(LogBroker):
         return found
 
     async def page(self, topic: str, index: int, offset: int, limit: int) -> Sequence[Stored]:
-        rows = await self._ask("XRANGE", self._log(topic, index), f"{max(offset, 0)}-0", "+", "COUNT", limit)
+        rows = await self._ask("XRANGE", self.log(topic, index), f"{max(offset, 0)}-0", "+", "COUNT", limit)
         name = topic.removeprefix(self.prefix)
         return [
             Stored(_offset(id), float(fields[1]), unpack(fields[3], name, f"{index}-{_offset(id)}"))
@@ -408,7 +438,7 @@ class RedisBroker(LogBroker):
         ]
 
     async def trim(self, topic: str, index: int, offset: int) -> None:
-        await self._ask("XTRIM", self._log(topic, index), "MINID", f"{offset}-0")
+        await self._ask("XTRIM", self.log(topic, index), "MINID", f"{offset}-0")
 
     # ---- spaces -----------------------------------------------------------------------------------------------------
 
@@ -443,7 +473,7 @@ class RedisBroker(LogBroker):
     # ---- leases -----------------------------------------------------------------------------------------------------
 
     def heart(self) -> RedisHeart:
-        return RedisHeart(client.Redis(**self._options, socket_timeout=self.lease / 2), f"{self._root}:lease:")
+        return RedisHeart(client.Redis(**self.options, socket_timeout=self.lease / 2), f"{self._root}:lease:")
 
     async def leases(self) -> dict[str, bytes]:
         registry = f"{self._root}:lease:"
@@ -499,91 +529,108 @@ def _offset(id: bytes) -> int:
     return int(id.partition(b"-")[0])
 
 
-class RedisReader:
+class Line:
+    """A connection for one command at a time. It connects by itself, also again."""
+
+    def __init__(self, broker: RedisBroker) -> None:
+        self._patience = broker.patience
+        # Without a limit of the client's for each step, which on Python 3.11 is a task and a turn of the loop.
+        pool = aio.Redis(**broker.options, socket_timeout=None).connection_pool
+        self._connection: aio.Connection = pool.make_connection()  # type: ignore[no-untyped-call]
+
+    async def ask(self, *command: Any) -> Any:
+        """The server's answer. Raises RedisError, `connecting to` in its text where nothing was sent, or OSError."""
+        connection = self._connection
+        reader = connection._reader
+        if reader is not None and reader.at_eof():  # hung up meanwhile: what is sent would be lost
+            await connection.disconnect(nowait=True)
+        try:
+            async with asyncio.timeout(self._patience):
+                await connection.send_command(*command, check_health=False)
+                return await connection.read_response()
+        except TimeoutError:
+            raise client.TimeoutError(f"no answer within {self._patience:g} s") from None
+
+    async def close(self) -> None:
+        await self._connection.disconnect(nowait=True)
+
+
+class RedisFeed(Feed):
     """Reads streams by XREAD, on a connection of its own."""
 
     def __init__(self, broker: RedisBroker) -> None:
+        super().__init__()
         self._broker = broker
-        self._client: aio.Redis | None = None
-        self._next: dict[bytes, tuple[Held, int]] = {}
-        """By stream: the partition and the offset to read next."""
-        self._buffer: list[tuple[Held, int, Message]] = []
-        self._changed = asyncio.Event()
+        self._line = Line(broker)
+        self._next: dict[bytes, tuple[Any, int]] = {}
+        """By stream: its token and the offset to read next."""
+        self._buffer: deque[Read] = deque()
+        self._limit = 1
+        self._work = asyncio.Event()
+        self._task: asyncio.Task[None] | None = None
+        self._blocked = False
 
-    def _key(self, held: Held) -> bytes:
-        return self._broker._log(held.stored, held.index).encode()
+    def seek(self, token: Any, topic: str, index: int, offset: int) -> None:
+        self.drop(token)
+        self._next[self._broker.log(topic, index).encode()] = (token, offset)
+        self._work.set()
+        if self._task is None or self._blocked:  # what waits for the others would not hear of this one
+            self._blocked = False
+            self._task = asyncio.create_task(self._run(self._task), name="stentor redis reader")
 
-    def seek(self, held: Held, offset: int) -> None:
-        self._next[self._key(held)] = (held, offset)
-        self._changed.set()
+    def drop(self, token: Any) -> None:
+        self._next = {stream: place for stream, place in self._next.items() if place[0] is not token}
+        self._buffer = deque(read for read in self._buffer if read.token is not token)
 
-    def drop(self, held: Held) -> None:
-        found = self._next.get(self._key(held))
-        if found is not None and found[0] is held:
-            del self._next[self._key(held)]
-        self._buffer = [entry for entry in self._buffer if entry[0] is not held]
-
-    async def read(self, limit: int, wait: float) -> Sequence[tuple[Held, int, Message]]:
+    def take(self, limit: int) -> list[Read]:
+        self._limit = limit
+        found = [self._buffer.popleft() for _ in range(min(limit, len(self._buffer)))]
         if not self._buffer:
-            await self._fill(limit, min(wait, 1.0))
-        found, self._buffer = self._buffer[:limit], self._buffer[limit:]
+            self._work.set()
         return found
 
-    async def _fill(self, limit: int, wait: float) -> None:
-        """Read on; a block ends when another partition is to be read too."""
-        if not self._next:
-            self._changed.clear()
-            try:
-                async with asyncio.timeout(wait):
-                    await self._changed.wait()
-            except TimeoutError:
-                return
-        self._changed.clear()
-        if self._client is None:
-            self._client = self._broker.client()
-        streams = dict(self._next)
-        rows = await self._xread(streams, max(1, limit // len(streams)), 0)
-        if not rows and wait:
-            reading = asyncio.ensure_future(self._xread(streams, max(1, limit // len(streams)), wait))
-            changing = asyncio.ensure_future(self._changed.wait())
-            try:
-                await asyncio.wait([reading, changing], return_when=asyncio.FIRST_COMPLETED)
-                if not reading.done():  # its connection is closed with it
-                    reading.cancel()
-                    await asyncio.gather(reading, return_exceptions=True)
-                    return
-                rows = reading.result()
-            finally:
-                changing.cancel()
-                reading.cancel()
-        prefix = len(self._broker.prefix)
-        for stream, entries in rows:
-            found = self._next.get(stream)
-            if found is None or found[0] is not streams[stream][0]:
+    async def _run(self, former: asyncio.Task[None] | None) -> None:
+        if former is not None:
+            former.cancel()
+            await asyncio.gather(former, return_exceptions=True)
+        while asyncio.current_task() is self._task:  # the client swallows a cancellation now and then
+            self._work.clear()
+            if self._buffer or not self._next:
+                await self._work.wait()
+                await asyncio.sleep(0)  # what was just taken is handled first
                 continue
-            held = found[0]
-            topic = held.stored[prefix:]
-            offset = found[1]
-            for id, fields in entries:
-                offset = int(id.partition(b"-")[0])
-                self._buffer.append((held, offset, unpack(fields[3], topic, f"{held.index}-{offset}")))
-            self._next[stream] = (held, offset + 1)
+            self._blocked = True
+            try:
+                await self._read(dict(self._next))
+            except (client.RedisError, OSError) as error:
+                self.fail(_error(error, self._broker))
+                await asyncio.sleep(0.1)
+            finally:
+                self._blocked = False
 
-    async def _xread(self, streams: dict[bytes, tuple[Held, int]], count: int, wait: float) -> Any:
-        assert self._client is not None
-        block = ("BLOCK", max(1, int(wait * 1000))) if wait else ()
+    async def _read(self, streams: dict[bytes, tuple[Any, int]]) -> None:
         # XREAD gives what is after an id: that of the last entry which is not wanted.
         after = [f"{offset - 1}-18446744073709551615" if offset > 0 else "0-0" for _, offset in streams.values()]
-        try:
-            command = ("XREAD", "COUNT", count, *block, "STREAMS", *streams, *after)
-            return await _whole(self._client.execute_command(*command)) or ()  # type: ignore[no-untyped-call]
-        except (client.RedisError, OSError) as error:
-            raise _error(error, self._broker) from None
+        count = max(1, self._limit // len(streams))
+        rows = await self._line.ask("XREAD", "COUNT", count, "BLOCK", BLOCK, "STREAMS", *streams, *after)
+        self._trouble = None
+        for stream, entries in rows or ():
+            if self._next.get(stream) != streams[stream]:
+                continue
+            token, offset = streams[stream]
+            for id, fields in entries:
+                offset = int(id.partition(b"-")[0])
+                self._buffer.append(Read(token, offset, 0.0, fields[3]))
+            self._next[stream] = (token, offset + 1)
+        if self._buffer:
+            self._ready.set()
 
     async def close(self) -> None:
-        if self._client is not None:
-            await self._client.aclose()
-            self._client = None
+        task, self._task = self._task, None
+        if task is not None:
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+        await self._line.close()
 
 
 class RedisHeart:
