@@ -52,7 +52,8 @@ def fresh(url: str) -> str:
 
 
 def waiting(name: str, folder: Path) -> Figures:
-    """64 handlers that each wait 10 ms, keys in order: events a second, from the first handled to the last."""
+    """64 handlers that each wait 10 ms, keys in order: events a second, and how many of them waited on average; from
+    the first handled to the last."""
     from benchmarks.ours import Counter, Order, orders, publishing
     from stentor import App, Group
 
@@ -68,17 +69,22 @@ def waiting(name: str, folder: Path) -> Figures:
                 await publish(publisher)
         app = App("bench", broker=url)
         counter = Counter(WAITING)
+        waited = 0.0
 
         @app.on(Order, group=Group("bench", concurrency=HANDLERS))
         async def wait(order: Order) -> None:
+            nonlocal waited
+            began = time.perf_counter()
             await asyncio.sleep(WAIT)
+            waited += time.perf_counter() - began
             counter.add()
 
         async with app.running(new_groups=True):
             if name == "memory":  # it has nothing but what this app was given while it runs
                 await publish(app)
             await counter.done.wait()
-            return {"rate": WAITING / (time.perf_counter() - counter.first)}
+            taken = time.perf_counter() - counter.first
+            return {"rate": WAITING / taken, "busy": waited / taken}
 
     return asyncio.run(main())
 
@@ -285,7 +291,7 @@ def row(name: str) -> Row:
         name=f"flow-{name}",
         title=f"{name}: handlers that wait, latency at {RATE}/s between two processes, two workers",
         cases=cases,
-        columns={"rate": "events/s", "p50": "p50 ms", "p99": "p99 ms"},
+        columns={"rate": "events/s", "busy": "at once", "p50": "p50 ms", "p99": "p99 ms"},
         base="1 worker" if name != "memory" else "asyncio alone",
         bars=bars,
         prepare=partial(_start, name),

@@ -6,6 +6,7 @@ import asyncio
 import sys
 import traceback
 from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 from types import FrameType
 
@@ -77,3 +78,26 @@ async def test_few_functions_run_for_an_event(events: int) -> None:
     for_each = {name for name, number in calls.items() if number >= events // 2 and "unsettled" not in name}
     assert {"catalog.Catalog.encode", "worker.Worker.end"} <= for_each
     assert len(for_each) <= FUNCTIONS, "\n".join(sorted(for_each))
+
+
+async def test_handlers_that_never_wait_leave_the_loop_to_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However long handlers compute, heartbeats, settlements and the rest of the program get their turn."""
+    app = App("path", broker="memory://")
+    loop = asyncio.get_running_loop()
+    computed, real = 0.0, loop.time
+    monkeypatch.setattr(loop, "time", lambda: real() + computed)
+    turns: list[float] = []
+
+    @app.on(Step)
+    async def handle(step: Step) -> None:
+        nonlocal computed
+        computed += 0.004
+
+    async with app:
+        await app.publish([Step(of=f"key {n}") for n in range(100)])
+        async with asyncio.timeout(60):
+            while computed < 0.39:
+                turns.append(computed)
+                await asyncio.sleep(0)
+    stretches = [after - before for before, after in pairwise([*turns, computed])]
+    assert max(stretches) < 0.03, stretches

@@ -45,6 +45,8 @@ WINDOW_BYTES = 64 * 1024 * 1024
 PAUSE = 0.01
 """Seconds between two batches of few plain acks: each is a write to disk that all members read, and nobody waits."""
 FEW = 64
+STRETCH = 0.01
+"""Seconds for which handlers that never wait may keep the event loop from whoever else is to run."""
 After = Callable[[StentorError | None], None]
 
 
@@ -74,6 +76,8 @@ class Worker:
         self._idle: list[asyncio.Future[None]] = []
         self._poking = False
         self._resting = 0
+        self._turned = 0.0
+        """When the event loop last came round while events were ready."""
         self._batches = any(r.handler.batch is not None for r in [*plan.routes.values(), *plan.topics.values()])
         self._batch: list[tuple[Settlement, After | None]] = []
         self._settling: list[tuple[Settlement, After | None]] = []
@@ -347,6 +351,7 @@ class Worker:
 
     def _wake_runner(self) -> None:
         self._poking = False
+        self._turned = self.loop.time()
         if not self.ready or self.stopping or self.hold.reason is not None or self.running >= self.most:
             return
         if self._resting:  # it goes on by itself; one more each time would make the turns of the loop long
@@ -377,18 +382,18 @@ class Worker:
         ready, meter, hold, consumer, now = self.ready, self.meter, self.hold, self.consumer, self.loop.time
         turn = 0
         while True:
+            turn += 1
+            if ready and (turn & self.spell == 0 or now() > self._turned + STRETCH):
+                self._resting += 1
+                await asyncio.sleep(0)  # with nothing in hand: a lane that is neither ready nor done counts as stuck
+                self._resting -= 1
+                self._turned = now()
             may = self.turn is None or self.turn.mine()
             if not may or not ready or hold.reason is not None or self.running >= self.most:
                 idle = self.loop.create_future()
                 self._idle.append(idle)
                 await idle
                 turn = 0
-                continue
-            turn += 1
-            if turn & self.spell == 0:
-                self._resting += 1
-                await asyncio.sleep(0)  # with nothing in hand: a lane that is neither ready nor done counts as stuck
-                self._resting -= 1
                 continue
             if now() > consumer.until:
                 await consumer.sure()
