@@ -53,7 +53,8 @@ def fresh(url: str) -> str:
 
 def waiting(name: str, folder: Path) -> Figures:
     """64 handlers that each wait 10 ms, keys in order: events a second, and how many of them waited on average; from
-    the first handled to the last."""
+    the first handled to the last.
+    """
     from benchmarks.ours import Counter, Order, orders, publishing
     from stentor import App, Group
 
