@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -216,3 +217,16 @@ async def test_metrics_without_the_library_name_the_extra(monkeypatch: pytest.Mo
         answer = await site.client.get("/metrics")
         assert answer.status_code == 501
         assert "pip install 'stentor[http]'" in answer.json()["detail"]
+
+
+async def test_the_queries_of_the_docs_ask_for_what_is_told() -> None:
+    """docs/operations.md has queries for Prometheus: of names and labels that /metrics has."""
+    page = (Path(__file__).parent.parent / "docs" / "operations.md").read_text("utf-8")
+    queries = "".join(re.findall(r"```promql\n(.*?)```", page, re.DOTALL))
+    wanted = set(re.findall(r'stentor_\w+{group="shop.charge"}', queries))
+    assert len(wanted) >= 5
+    async with served(make()) as site:
+        await site.post(BODY, STRUCTURED)
+        text = (await site.client.get("/metrics")).text
+    told = set(re.findall(r'^(stentor_\w+){(?:[^}]*,)?group="shop.charge"', text, re.MULTILINE))
+    assert {name.partition("{")[0] for name in wanted} <= told, told
