@@ -24,7 +24,7 @@ class Placed(Event, topic="orders", key="customer", type="test.otel.placed"):
 
 
 def shop() -> App:
-    app = App("shop")
+    app = App("shop", broker="memory://")
 
     @app.on(Placed, retry=Retry(attempts=1))
     async def charge(order: Placed) -> None:
@@ -104,7 +104,7 @@ async def test_the_names_are_those_of_the_metrics() -> None:
 
 async def test_what_waits_is_told() -> None:
     reader = InMemoryMetricReader()
-    app = App("shop")
+    app = App("shop", broker="memory://")
     gate = asyncio.Event()
 
     @app.on(Placed)
