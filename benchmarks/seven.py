@@ -1,7 +1,7 @@
 """All seven brokers under one load, in one go: docs/bench/seven.html, what `stentor choose` ships with and says of it.
 
-``python3 tasks.py seven`` starts the servers, runs ``stentor bench`` on them and on a file, and stops them. It takes a
-quarter of an hour. With a FILE it only writes the three from that report.
+``python3 tasks.py seven`` starts the servers, runs ``stentor bench`` on them and on a file, and stops them. It takes
+twenty minutes. With a FILE it only writes the three from that report.
 """
 
 import os

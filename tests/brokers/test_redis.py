@@ -7,16 +7,18 @@ import logging
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 from urllib.parse import quote
 
 import pytest
+import redis
 
 from servers.redis import Redis
 from servers.tls import PASSWORD, USER
 from stentor import App, Event
 from stentor.brokers.redis import RedisBroker
 from stentor.connect import connect
-from stentor.errors import AuthenticationFailed, ConfigError, StorageFull, Unavailable
+from stentor.errors import AuthenticationFailed, ConfigError, PublishUnknown, StorageFull, Unavailable
 from stentor.event import Topic
 from stentor.message import Message
 from tests.faults import Proxy, ServerFaults
@@ -207,3 +209,32 @@ class TestRoom:
                 [receipt] = await lost
                 assert (receipt.id, receipt.duplicate) == ("2", False)
                 assert await both()
+
+
+@pytest.mark.parametrize(
+    ("asks", "raised"),
+    [
+        (["Error 111 connecting to localhost"], Unavailable),
+        (["gone"], Unavailable),  # what the script is called is not known, and cannot be asked
+        (["cut", "cut"], PublishUnknown),
+        (["cut", "Error 111 connecting to localhost"], PublishUnknown),
+        (["cut", "gone"], PublishUnknown),
+    ],
+)
+async def test_what_is_known_of_an_append(asks: list[str], raised: type[Exception]) -> None:
+    """Unavailable: nothing was sent, or the server said no. What was sent once and not answered may be stored."""
+    broker: Any = connect("redis://localhost")
+    left = list(asks)
+
+    async def digest(_: str) -> str:
+        if left[0] == "gone":
+            raise Unavailable("the server is gone")
+        return "sha"
+
+    class Line:
+        async def ask(self, *_: Any) -> None:
+            raise redis.exceptions.ConnectionError(left.pop(0))
+
+    broker._digest, broker._line = digest, Line()
+    with pytest.raises(raised):
+        await broker._sent(())

@@ -247,6 +247,9 @@ class Link:
         """Send messages. Raises Unavailable, and then nothing was sent."""
         if not self.nc.is_connected:
             raise Unavailable(f"{self._who} is away{f': {self.trouble}' if self.trouble else ''}")
+        size = max((len(one.payload) + len(one.headers) for one in frames), default=0)
+        if size > self.nc.max_payload:  # the server would hang up
+            raise Unavailable(f"{self._who} takes {self.nc.max_payload:,} bytes at most, not {size:,}")
         self.nc.write(frames)
 
     async def post(self, *messages: Frame, patience: float = ASK_PATIENCE) -> list[Msg | Unavailable]:

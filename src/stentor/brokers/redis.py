@@ -374,22 +374,26 @@ class RedisBroker(LogBroker):
 
     async def _sent(self, batch: Sequence[Any]) -> Any:
         """The answer to a batch, which is sent again, once, when its answer is lost."""
-        lost = ""
+        lost, known = "", True
         if self._line is None:
             self._line = Line(self)
         while True:
             try:
                 return await self._line.ask("EVALSHA", await self._digest(_APPEND), 0, *batch)
-            except client.exceptions.NoScriptError:
+            except client.exceptions.NoScriptError as answer:
+                if not known:
+                    return answer
+                known = False
                 self._scripts.pop(_APPEND, None)
             except (client.ResponseError, client.exceptions.BusyLoadingError) as answer:
                 return answer
-            except (client.RedisError, OSError) as failure:
-                error = await self._failed(failure)
+            except (client.RedisError, OSError, Unavailable) as failure:
+                unsent = isinstance(failure, Unavailable) or " connecting to " in str(failure)
+                error = failure if isinstance(failure, Unavailable) else await self._failed(failure)
                 if lost:
                     raise PublishUnknown([], lost) from None
-                if not isinstance(error, Unavailable) or " connecting to " in str(error):
-                    raise error from None  # nothing was sent
+                if unsent or not isinstance(error, Unavailable):
+                    raise error from None
                 lost = str(error)
 
     def reader(self) -> FeedReader:
