@@ -189,21 +189,20 @@ RUNS: dict[str, Callable[[], Load]] = {
     "queue, 16 calls, ρ 0.9, cv 0.5": partial(queue, 0.9, 16, 0.5, 20),
     "queue, 4 calls, ρ 0.8, cv 1": partial(queue, 0.8, 4, 1.0, 40),
 }
-SIMPY = {
-    f"SimPy, {lanes} calls, ρ {busy}, cv {cv:g}": partial(beside_simpy, busy, lanes, cv)
+QUEUES = {
+    f"SimPy, {lanes} calls, ρ {busy}, cv {cv:g}": (busy, lanes, cv)
     for busy, lanes, cv in ((0.7, 1, 1.0), (0.9, 4, 0.5), (0.9, 16, 1.0), (0.8, 4, 1.5), (0.8, 16, 2.0))
 }
-FAR = 0.10
-"""How far a latency may be off up to a cv of 1 ..."""
-FURTHER = 0.15
-"""... and beyond."""
+SIMPY = {name: partial(beside_simpy, *queue) for name, queue in QUEUES.items()}
+FURTHER = {name: 0.15 for name, (_, _, cv) in QUEUES.items() if cv > 1}
+"""How far a latency may be off there."""
 
 
 def bars(results: Results) -> list[Bar]:
     """How far predictions are off, in parts of what was seen: 0 is right."""
     found = []
     for case in (*RUNS, *SIMPY):
-        far = FURTHER if case.endswith(("cv 1.5", "cv 2")) else FAR
+        far = FURTHER.get(case, 0.10)
         for name, limit in (("X", 0.03), ("p95", far), ("p99", far)):
             ratios = results.ratios(case, case, f"{name} predicted", name)
             found.append(Bar(f"{case}: {name} off by", [abs(r - 1) for r in ratios], limit, at_least=False))

@@ -257,7 +257,12 @@ class Link:
         post = _Post(self._next, len(messages))
         self._next += len(messages)
         numbers = range(post.first, self._next)
-        self.send(*(one._replace(reply=f"{self._inbox}.{n}") for n, one in zip(numbers, messages, strict=True)))
+        self.send(
+            *(
+                Frame(m.subject, m.payload, f"{self._inbox}.{n}", m.headers)
+                for n, m in zip(numbers, messages, strict=True)
+            )
+        )
         self._posts |= dict.fromkeys(numbers, post)
         missing: Unavailable = Silent(f"{self._who} does not answer within {patience:g} s")
         try:

@@ -374,27 +374,27 @@ class RedisBroker(LogBroker):
 
     async def _sent(self, batch: Sequence[Any]) -> Any:
         """The answer to a batch, which is sent again, once, when its answer is lost."""
-        lost, known = "", True
+        lost = ""
         if self._line is None:
             self._line = Line(self)
         while True:
             try:
-                return await self._line.ask("EVALSHA", await self._digest(_APPEND), 0, *batch)
-            except client.exceptions.NoScriptError as answer:
-                if not known:
-                    return answer
-                known = False
+                digest = await self._digest(_APPEND)
+                await self._line.connect()
+            except (client.RedisError, OSError, BrokerError) as error:  # nothing was sent this time
+                if lost:
+                    raise PublishUnknown([], lost) from None
+                raise (error if isinstance(error, BrokerError) else _error(error, self)) from None
+            try:
+                return await self._line.ask("EVALSHA", digest, 0, *batch)
+            except client.exceptions.NoScriptError:
                 self._scripts.pop(_APPEND, None)
             except (client.ResponseError, client.exceptions.BusyLoadingError) as answer:
                 return answer
-            except (client.RedisError, OSError, Unavailable) as failure:
-                unsent = isinstance(failure, Unavailable) or " connecting to " in str(failure)
-                error = failure if isinstance(failure, Unavailable) else await self._failed(failure)
+            except (client.RedisError, OSError) as error:
                 if lost:
                     raise PublishUnknown([], lost) from None
-                if unsent or not isinstance(error, Unavailable):
-                    raise error from None
-                lost = str(error)
+                lost = str(await self._failed(error))
 
     def reader(self) -> FeedReader:
         return FeedReader(RedisFeed(self), self.prefix)
@@ -542,16 +542,28 @@ class Line:
         pool = aio.Redis(**broker.options, socket_timeout=None).connection_pool
         self._connection: aio.Connection = pool.make_connection()  # type: ignore[no-untyped-call]
 
-    async def ask(self, *command: Any) -> Any:
-        """The server's answer. Raises RedisError, `connecting to` in its text where nothing was sent, or OSError."""
+    async def connect(self) -> None:
+        """Connect where it is not. Raises RedisError or OSError."""
         connection = self._connection
         reader = connection._reader
         if reader is not None and reader.at_eof():  # hung up meanwhile: what is sent would be lost
             await connection.disconnect(nowait=True)
+        if connection.is_connected:
+            return
         try:
             async with asyncio.timeout(self._patience):
-                await connection.send_command(*command, check_health=False)
-                return await connection.read_response()
+                await connection.connect()  # type: ignore[no-untyped-call]
+        except TimeoutError:
+            await connection.disconnect(nowait=True)
+            raise client.TimeoutError(f"no answer to connecting within {self._patience:g} s") from None
+
+    async def ask(self, *command: Any) -> Any:
+        """The server's answer. Raises RedisError or OSError."""
+        await self.connect()
+        try:
+            async with asyncio.timeout(self._patience):
+                await self._connection.send_command(*command, check_health=False)
+                return await self._connection.read_response()
         except TimeoutError:
             raise client.TimeoutError(f"no answer within {self._patience:g} s") from None
 
