@@ -16,7 +16,7 @@ import redis
 from servers.redis import Redis
 from servers.tls import PASSWORD, USER
 from stentor import App, Event
-from stentor.brokers.redis import RedisBroker
+from stentor.brokers.redis import RedisBroker, RedisFeed
 from stentor.connect import connect
 from stentor.errors import AuthenticationFailed, ConfigError, PublishUnknown, StorageFull, Unavailable
 from stentor.event import Topic
@@ -242,3 +242,19 @@ async def test_what_is_known_of_an_append(steps: list[str], raised: type[Excepti
     broker._digest, broker._line = digest, Line()
     with pytest.raises(raised):
         await broker._sent(())
+
+
+async def test_a_reader_that_a_bug_ends_is_no_silence(monkeypatch: pytest.MonkeyPatch) -> None:
+    broker = connect("redis://localhost")
+    assert isinstance(broker, RedisBroker)
+
+    async def bug(*_: Any) -> None:
+        raise ZeroDivisionError("a bug")
+
+    monkeypatch.setattr(RedisFeed, "_read", bug)
+    feed = RedisFeed(broker)
+    feed.seek("token", "t", 0, 0)
+    for _ in range(2):
+        with pytest.raises(Unavailable, match="stentor redis reader ended: ZeroDivisionError: a bug"):
+            await feed.read(10, 10.0)
+    await feed.close()

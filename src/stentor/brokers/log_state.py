@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import time
 from abc import ABC, abstractmethod
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Coroutine, Sequence
 from typing import Any, NamedTuple
 
 import msgspec
@@ -33,6 +34,8 @@ LEASES_KEPT = 3600.0
 encode_lease = msgspec.msgpack.Encoder().encode
 _lease = msgspec.msgpack.Decoder(tuple[str, bytes, float])
 
+log = logging.getLogger("stentor.broker")
+
 
 class Read(NamedTuple):
     """A message as it was read for a token: its offset, when it was stored (seconds since the epoch), its bytes."""
@@ -54,6 +57,19 @@ class Feed(ABC):
         self._ready = asyncio.Event()
         """Set when something was read, or went wrong."""
         self._trouble: Unavailable | None = None
+        self._died: Unavailable | None = None
+
+    def _start(self, reading: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None]:
+        """Read in a task. Should a bug end it, whoever reads is told so each time, and nothing waits in silence."""
+        task = asyncio.create_task(reading, name=name)
+        task.add_done_callback(self._over)
+        return task
+
+    def _over(self, task: asyncio.Task[None]) -> None:
+        if not task.cancelled() and (error := task.exception()) is not None:
+            log.error("%s ended", task.get_name(), exc_info=error)
+            self._died = Unavailable(f"the {task.get_name()} ended: {type(error).__name__}: {error}")
+            self._ready.set()
 
     @abstractmethod
     def seek(self, token: Any, topic: str, index: int, offset: int) -> None:
@@ -74,11 +90,13 @@ class Feed(ABC):
         """What was read, waiting up to ``wait`` seconds for the first; cancelling it loses nothing."""
         self._ready.clear()
         found = self.take(limit)
-        if not found and wait > 0:
+        if not found and wait > 0 and self._died is None:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(wait):
                     await self._ready.wait()
             found = self.take(limit)
+        if not found and self._died is not None:
+            raise self._died
         return found
 
     def trouble(self) -> Unavailable | None:

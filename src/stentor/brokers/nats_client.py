@@ -361,7 +361,7 @@ class NatsFeed(Feed):
         self._cursors[token] = Cursor(token, topic, index, offset)
         self._work.set()
         if self._task is None:
-            self._task = asyncio.create_task(self._run(), name="stentor nats reader")
+            self._task = self._start(self._run(), "stentor nats reader")
 
     def drop(self, token: Any) -> None:
         cursor = self._cursors.pop(token, None)

@@ -176,7 +176,7 @@ class RabbitMQFeed(Feed):
         self._cursors[token] = Cursor(token, topic, index, offset)
         self._work.set()
         if self._task is None:
-            self._task = asyncio.create_task(self._run(), name="stentor rabbitmq reader")
+            self._task = self._start(self._run(), "stentor rabbitmq reader")
 
     def drop(self, token: Any) -> None:
         cursor = self._cursors.pop(token, None)

@@ -592,7 +592,7 @@ class RedisFeed(Feed):
         self._work.set()
         if self._task is None or self._blocked:  # what waits for the others would not hear of this one
             self._blocked = False
-            self._task = asyncio.create_task(self._run(self._task), name="stentor redis reader")
+            self._task = self._start(self._run(self._task), "stentor redis reader")
 
     def drop(self, token: Any) -> None:
         self._next = {stream: place for stream, place in self._next.items() if place[0] is not token}
